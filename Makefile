@@ -8,6 +8,7 @@ INSTALLED := .venv/.installed
 SMOLLM2 := .cache/smollm2
 VLLM ?= vllm
 VLLM_BIN := .venv-vllm/bin
+INSPECT_BIN := .venv-inspect/bin
 LOWEST_BIN := .venv-lowest/bin
 OLDEST := --resolution lowest-direct
 RELEASE := build/release
@@ -18,7 +19,7 @@ TRY := sh -euc 'cd "$$(mktemp -d)"; unset PYTHONPATH; PATH="$$0:$$PATH"; \
 	rlzoo compare arithmetic --algorithms sft,dft --seeds 0 --steps 4 --limit 16 --samples 2 --out run; \
 	rlzoo report run; rlzoo new objective mine; rm -r "$$PWD"'
 
-.PHONY: setup compare docs test checks tests test-fast test-lowest test-vllm release-check bench clean
+.PHONY: setup compare docs test checks tests test-fast test-inspect test-lowest test-vllm release-check bench clean
 
 setup: $(INSTALLED)
 
@@ -62,6 +63,19 @@ test-fast: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	@echo "== Tests that are not slow; those that took a second and more are listed at the end"
 	$(BIN)/pytest -m "not slow and not vllm and not gpu" --numprocesses auto --dist worksteal --durations 20 --durations-min 1
+
+# inspect needs older versions of some packages than constraints.txt has, so it is laid over .venv in one of its own
+test-inspect: $(INSPECT_BIN)/.installed
+	@echo "== Tests with a real inspect"
+	$(INSPECT_BIN)/python -m pytest tests/test_inspect_tasks.py
+
+$(INSPECT_BIN)/.installed: pyproject.toml $(INSTALLED)
+	@echo "== Making .venv-inspect: inspect, with all else from .venv"
+	$(PYTHON) -m venv .venv-inspect
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(INSPECT_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/all-else.pth"
+	$(INSPECT_BIN)/python -m pip install --quiet --editable '.[inspect]'
+	@touch $@
 
 # The oldest versions that pyproject.toml admits. torch from PyPI brings CUDA along: some 8 GB
 test-lowest: $(LOWEST_BIN)/.installed
@@ -114,4 +128,4 @@ bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-lowest .venv-vllm .cache build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-inspect .venv-lowest .venv-vllm .cache build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -24,12 +24,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional
 
-from rlzoo.advantages import last_token
+from rlzoo.advantages import last_token, running_sum
 from rlzoo.bases.ratios import check_positive
 from rlzoo.errors import UserError
 from rlzoo.inputs import Behaviour, Input, Reference
 from rlzoo.objective import Objective, register
-from rlzoo.types import Coefficients, TokenBatch, running_sum
+from rlzoo.types import Coefficients, TokenBatch
 
 
 @register

@@ -1,7 +1,7 @@
 """Make the tutorials' notebooks again from their pages: python docs/notebooks.py
 
 The code is that of the pages, block by block, which tests run. A block that is a file is written, a command runs in the
-shell.
+shell. Before them, a cell of the notebook's own makes a new folder for all that it writes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,19 @@ from typing import Any
 TUTORIALS = Path(__file__).parent / "tutorials"
 BLOCK = re.compile(r"^```(?:python|yaml|(bash))\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
+ITSELF = re.compile(r"\s+It is\s+\[a\s+notebook\].*?\.$", re.DOTALL | re.MULTILINE)
+"""What a page says of its notebook."""
+START = """\
+# a new folder for what this notebook writes, with the kernel's own rlzoo and python in the shell
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.chdir(tempfile.mkdtemp(prefix="rlzoo-"))
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+Path.cwd()
+"""
 
 
 def notebook(page: str) -> str:
@@ -25,7 +38,11 @@ def notebook(page: str) -> str:
 
 
 def cells(page: str) -> Iterator[dict[str, Any]]:
-    """The cells: text as it is, a code cell for each block."""
+    """The cells: text as it is, a code cell for each block, and before the first section the one to start with."""
+    introduction, sections = ITSELF.sub("", page, count=1).split("\n## ", 1)
+    yield cell("introduction", "markdown", introduction)
+    yield cell("start", "code", START)
+    page = f"## {sections}"
     place = 0
     for number, block in enumerate(BLOCK.finditer(page)):
         yield cell(f"text-{number}", "markdown", page[place : block.start()])

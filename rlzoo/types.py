@@ -21,21 +21,6 @@ from rlzoo.errors import UserError
 from rlzoo.registry import Registry, canonical
 
 
-def running_sum(x: Float[Tensor, "N M"], dtype: torch.dtype | None = None) -> Float[Tensor, "N M"]:
-    """The cumulative sum of each row, added in the same order every time, also on a GPU.
-
-    There `torch.use_deterministic_algorithms` refuses cumsum, because a single row is scanned in parts.
-    """
-    if x.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
-        return x.cumsum(1, dtype=dtype)
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        return torch.cat([x, x[:1]]).cumsum(1, dtype=dtype)[:-1]
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=warns)
-
-
 class Selection(Enum):
     """The built-in views: which rows of a buffer an objective learns from, and in which units."""
 
@@ -370,14 +355,18 @@ class Trajectory:
     """The sampling temperature; 1 for a completion that was not sampled by a known policy."""
     top_p: float = 1.0
     """The top-p of nucleus sampling; 1: the whole distribution."""
-    messages: list[dict[str, str]] | None = None
-    """The conversation that ``prompt`` was rendered from, if any."""
+    messages: list[dict[str, Any]] | None = None
+    """The conversation that ``prompt`` was rendered from, if any: ``role``, ``content`` and whatever else a message
+    has, such as ``tool_calls``."""
     columns: dict[str, object] = field(default_factory=dict)
     """The problem's other columns, for rewards and inputs."""
     inputs: dict[str, list[float]] = field(default_factory=dict)
     """Other stored inputs by `Input.column`: one value per completion token, or a single one."""
     completion_mask: list[bool] | None = None
     """Which completion tokens are learned from; the others, such as a tool's result, are context. None: all."""
+    completion_messages: list[dict[str, Any]] | None = None
+    """The messages of the completion: several turns, or one of the assistant with more than its text, such as
+    ``tool_calls``. None: one turn with the text of ``completion``, or turns that are not known."""
 
     def stored(self, name: str) -> Any:
         """The field or stored input of this name; None if there is none."""

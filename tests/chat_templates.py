@@ -103,3 +103,18 @@ def user(content: Any) -> dict[str, Any]:
 
 def assistant(content: Any) -> dict[str, Any]:
     return turn("assistant", content)
+
+
+WITH_TOOLS = [
+    turn("system", "S"),
+    user("1+1?"),
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]},
+    turn("tool", "2"),
+    assistant("It is 2."),
+    user("2+2?"),
+    assistant("4"),
+]
+CALLS = built(
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + OPENS
+)

@@ -1,10 +1,11 @@
-"""A Hugging Face Hub on this machine, as far as a push needs it: the real client talks to it."""
+"""A Hugging Face Hub on this machine, as far as pushes and downloads need it: the real client talks to it."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ class FakeRepository:
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def commit(self) -> str:
+        """A name of the files' content."""
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
 
 
 @dataclass
@@ -47,19 +53,38 @@ class FakeHub:
             return 200, {"url": f"{self.url}/{asked['organization']}/{asked['name']}"}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
+        if "/resolve/" in path:
+            place, _, file = path.removeprefix("/").partition("/resolve/")
+            return self._file(place, file.partition("/")[2])
         place, _, action = path.removeprefix("/api/").partition("/preupload/")
         if action:
             files = json.loads(body)["files"]
             return 200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        place, _, tree = place.partition("/tree/")
         place, _, action = place.partition("/commit/")
-        repository = self.repositories[place.partition("/revision/")[0]]
+        repository = self.repositories.get(place.partition("/revision/")[0])
+        if repository is None:
+            return 404, {"error": "RepoNotFound"}
+        if tree:
+            sizes = {name: len(content) for name, content in repository.files.items()}
+            kind = {"type": "file"}
+            return 200, [{**kind, "path": n, "size": s, "oid": blob_id(repository.files[n])} for n, s in sizes.items()]
         if action:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     repository.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return 200, {"commitUrl": f"{self.url}/{place}/commit/1", "commitOid": "1" * 40}
         siblings = [{"rfilename": name, "blobId": blob_id(content)} for name, content in repository.files.items()]
-        return 200, {"id": place.partition("/")[2], "private": repository.private, "siblings": siblings}
+        known = {"private": repository.private, "sha": repository.commit, "siblings": siblings}
+        return 200, {"id": place.partition("/")[2].partition("/revision/")[0], **known}
+
+    def _file(self, place: str, file: str) -> tuple[int, Any]:
+        """A file of a repository, or what there is in its place."""
+        repository = self.repositories.get(place)
+        if repository is None:
+            return 404, {"error": "RepoNotFound"}
+        content = repository.files.get(file)
+        return (404, {"error": "EntryNotFound"}) if content is None else (200, (content, repository.commit))
 
 
 def blob_id(content: bytes) -> str:
@@ -74,14 +99,22 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
         def _reply(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, found = hub.answer(self.command, self.path.partition("?")[0], body)
-            content = json.dumps(found).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            if isinstance(found, tuple):  # a file and its commit
+                content, commit = found
+                self.send_header("ETag", f'"{blob_id(content)}"')
+                self.send_header("X-Repo-Commit", commit)
+            else:
+                content = json.dumps(found).encode()
+                self.send_header("Content-Type", "application/json")
+                if "error" in found:
+                    self.send_header("X-Error-Code", found["error"])
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
-        do_GET = do_POST = _reply  # noqa: N815
+        do_GET = do_POST = do_HEAD = _reply  # noqa: N815
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -98,9 +131,12 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
 
 @contextmanager
 def connected(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The Hub, served, as the one that huggingface_hub talks to, with a token."""
-    with serving(hub):
+    """The Hub, served, as the one that huggingface_hub talks to, with a token and a cache of its own."""
+    with serving(hub), tempfile.TemporaryDirectory() as cache:
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_of_the_tests")
         yield hub

@@ -332,7 +332,14 @@ def test_a_line_of_a_buffer_with_a_number_that_is_none_of_a_row(
         ("reward", pa.list_(pa.float64()), [1.0], "b.parquet is not a saved buffer: its reward cannot be double: "),
         ("columns", pa.string(), "[1]", "row 2 of .*: columns is '\\[1\\]', which is not a JSON object"),
         ("columns", pa.string(), "{", "row 2 of .*: columns is '{', which is not a JSON object"),
-        ("messages", None, [{"role": "user", "content": None}], "row 2 of .*: messages has an entry without role or "),
+        ("messages", None, [{"role": "user", "content": None}], "row 2 of .*: messages has a message without content"),
+        ("messages", None, [{"content": "1"}], "row 2 of .*: messages has an entry without role"),
+        (
+            "completion_messages",
+            None,
+            [{"role": "tool", "content": "2", "extra": "[1]"}],
+            "row 2 of .*: completion_messages has a message whose other keys are not a JSON object",
+        ),
     ],
 )
 def test_a_table_with_a_value_that_is_none_of_a_row(

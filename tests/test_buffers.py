@@ -40,7 +40,8 @@ FULL = Trajectory(
     truncated=True,
     temperature=0.6,
     top_p=0.9,
-    messages=[{"role": "user", "content": "1+1=?"}],
+    messages=[{"role": "user", "content": "1+1=?"}, {"role": "tool", "content": "2", "tool_call_id": "c"}],
+    completion_messages=[{"role": "assistant", "content": None, "tool_calls": [{"arguments": {"a": 1, "b": None}}]}],
     columns={"answer": 2, "nested": {"steps": [1, 2.5, None, "x"]}},
 )
 PLAIN = Trajectory("a", "b", [1], [2], "q")
@@ -63,7 +64,11 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4)
     completion_ids = draw(ids)
     logp = st.none() | st.lists(log_probs, min_size=len(completion_ids), max_size=len(completion_ids))
-    messages = st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), max_size=2)
+    parts, others = st.lists(st.fixed_dictionaries({"text": texts}), max_size=2), st.none() | texts | columns
+    message = st.fixed_dictionaries(
+        {"role": texts, "content": texts | parts}, optional={"name": others, "extra": others}
+    )
+    messages = st.none() | st.lists(message, max_size=2)
     return Trajectory(
         prompt=draw(texts),
         completion=draw(texts),
@@ -80,7 +85,8 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         truncated=draw(st.booleans()),
         temperature=draw(st.floats(0, 4, exclude_min=True)),
         top_p=draw(st.floats(0, 1, exclude_min=True)),
-        messages=draw(st.none() | messages),
+        messages=draw(messages),
+        completion_messages=draw(messages),
         columns=draw(columns),
     )
 

@@ -237,9 +237,10 @@ GOOD = {"prompt": "1", "completion": "2"}
     [
         ([], "the data set has no rows"),
         ([{"question": "1", "answer": "2"}], "row 1: the columns 'question', 'answer' match no format"),
+        ([{"question": "1", "answer": "2"}], "text): name yours with --column prompt=NAME --column completion=NAME"),
         (
             [{"prompt": "1"}],
-            "row 1: no column 'completion', which prompt-completion data need; the row has 'prompt': say which",
+            "row 1: no column 'completion', which prompt-completion data need; the row has 'prompt': name yours",
         ),
         ([{"prompt": "1", "chosen": "2"}], "--column rejected=NAME"),
         ([GOOD, {"prompt": 5, "completion": "2"}], "row 2: column 'prompt' holds an int"),

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from comparisons import small
+from comparisons import inline_pool, small
 from fake_hub import FakeHub, FakeRepository, connected
 from huggingface_hub import DatasetCard, ModelCard
 from rich.console import Console
 
 from rlzoo import OfflineBuffer, compare, get_objective, load_policy
+from rlzoo.buffers import from_trl, read_buffer
 from rlzoo.buffers.card import buffer_card
 from rlzoo.cli import main
+from rlzoo.comparison.dry_run import unchecked
+from rlzoo.errors import UserError
 from rlzoo.jobs.sharing import HIDDEN, hub_id, public, public_command
 from rlzoo.policy import log_probs
 from rlzoo.training.card import changed_options, objective_table
@@ -84,6 +88,15 @@ def test_a_trained_model_has_a_card(table: Path, tmp_path: Path, capsys: pytest.
     assert "rlzoo train dft --buffer sums.jsonl" in text and "torch" in text and "adapter" in text
     assert len(set(hash_of(text))) == 1
     assert str(tmp_path) not in text and "alice" not in text
+    adapter = ModelCard.load(out / "adapter" / "README.md")
+    assert adapter.data.library_name == "peft" and {"rlzoo", "dft", "lora"} <= set(adapter.data.tags)
+    assert cells_of(adapter.content, "coefficient") == [r"p\_t"] and len(set(hash_of(adapter.content))) == 1
+    shown = re.search(r"```python\n(.*?)\n```", adapter.content, re.S)
+    assert shown is not None
+    loaded: dict[str, Any] = {}
+    exec(shown[1].replace("FOLDER", str(out / "adapter")), loaded)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded["model"](ids).logits, load_policy(str(out)).model(ids).logits)
     again = tmp_path / "after"  # a model of a model: what is known of the first goes on
     (out / "README.md").write_text("---\nbase_model: org/base\nlicense: mit\n---\nedited")
     assert train(table, again, "--model", str(out)) == 0
@@ -109,9 +122,9 @@ def test_a_trained_model_is_pushed(
     assert f"pushed to {hub.url}/alice/dft" in capsys.readouterr().out
     repository = hub.repositories["models/alice/dft"]
     assert repository.private
-    assert {"model.safetensors", "config.json", "README.md", "training.json", "adapter/adapter_config.json"} <= set(
-        repository.files
-    )
+    of_adapter = {"adapter/adapter_config.json", "adapter/README.md"}
+    assert {"model.safetensors", "config.json", "README.md", "training.json"} | of_adapter <= set(repository.files)
+    assert b"rlzoo evaluate --model alice/dft" in repository.files["README.md"]
     assert not [name for name in repository.files if name.startswith(("run.json", "logs"))]
     for name, content in repository.files.items():
         assert str(tmp_path).encode() not in content and b"home/alice" not in content, name
@@ -204,6 +217,10 @@ def test_a_sampled_buffer_has_a_card_and_is_pushed(
     assert [row.completion for row in OfflineBuffer.load(copy)] == [row.completion for row in buffer]
     (copy / "README.md").write_text("edited")
     assert len(OfflineBuffer.load(copy)) == len(buffer)
+    assert "--buffer FOLDER" in card.content
+    assert "--buffer alice/samples" in hub.repositories["datasets/alice/samples"].files["README.md"].decode()
+    assert main([*options, "--out", str(out), "--push-to-hub", "alice/samples"]) == 0
+    assert "already on the Hub" in capsys.readouterr().out
     assert main([*options, "--out", str(tmp_path / "a.jsonl"), "--push-to-hub", "alice/file"]) == 2
     assert "give --out" in capsys.readouterr().err
 
@@ -213,6 +230,83 @@ def test_the_origin_of_a_buffer_is_shown_as_it_was_set() -> None:
     card = buffer_card(OfflineBuffer.from_trajectories([]), "rows", "Some rows.", origin, {})
     shown = {name: cells_of(card, name) for name in origin}
     assert shown == {"reward": ["name: math-answer, marked: True"], "samples": ["1,000"], "seed": ["1000"]}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_every_command_opens_a_pushed_buffer(
+    tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    where = "alice/qwen2.5-facts"
+    (tmp_path / "mine.py").write_text(
+        "def right(completions, **_):\n    return [1.0] * len(completions)\n\n\n"
+        "def half(completions, **_):\n    return [0.5] * len(completions)\n"
+    )
+    options = ["--model", "embedded", "--limit", "3", "--reward", "mine.py:right", "--push-to-hub", where]
+    assert main(["rollout", "facts", *options, "--out", "own"]) == 0
+    buffer, files = OfflineBuffer.load("own"), hub.repositories[f"datasets/{where}"].files
+    files |= {"LICENSE": b"mine", "README.md": files["README.md"] + b"\nedited"}  # as its owner may do on the Hub
+    opened = OfflineBuffer.load(where)
+    assert list(opened) == list(buffer)
+    capsys.readouterr()
+    assert main(["buffer", "show", where]) == 0
+    of_hub = capsys.readouterr().out
+    assert main(["buffer", "show", "own"]) == 0
+    assert capsys.readouterr().out == of_hub
+    options = ["--buffer", where, "--steps", "1", "--batch-size", "2", "--out", "model"]
+    assert main(["train", "rft", *options]) == 0
+    assert ModelCard.load("model/README.md").data.datasets == [where]
+    assert main(["rescore", where, "--reward", "mine.py:half"]) == 0
+    rescored = Path("qwen2.5-facts-rescored")
+    assert set(OfflineBuffer.load(rescored).column("reward")) == {0.5}
+    assert DatasetCard.load(rescored / "README.md").data.source_datasets == [where]
+    monkeypatch.setattr("rlzoo.variance.run.pool", inline_pool)
+    options = ["--buffer", where, "--objectives", "rft", "--every", "0", "--draws", "0"]
+    assert main(["variance", "facts", *options, "--out", "analysis"]) == 0
+    measured = json.loads(Path("analysis/variance.json").read_text())["objectives"]["rft"]
+    card = DatasetCard.load("analysis/README.md")
+    assert card.data.source_datasets == [where] and len(set(hash_of(card.content))) == 1
+    assert cells_of(card.content, "rft")[-1] == str(measured["rows"]) and cells_of(card.content, "rows") == [where]
+    assert "| rft | Rejection" in card.content and str(tmp_path) not in card.content
+    card = DatasetCard.load("analysis/buffer/README.md")
+    assert card.data.source_datasets == [where] and cells_of(card.content, "rows")[0] == where
+    study = small({"rft": {}}, demonstrations={"source": where})
+    assert unchecked(study) == [], "a dry run finds it too"
+    compare(study, tmp_path / "study", console=Console(quiet=True))
+    assert OfflineBuffer.load("study/buffer").column("completion")[: len(buffer)] == buffer.column("completion")
+    with pytest.raises(UserError, match=f"{where} is a saved buffer: only a table's columns"):
+        read_buffer(where, None, columns={"completion": "answer"})
+    with pytest.raises(UserError, match=f"{where} is a saved buffer, which has no split 'test'"):
+        read_buffer(where, None, split="test")
+
+
+@pytest.mark.slow
+def test_a_buffer_on_the_hub_that_cannot_be_opened(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy("embedded")
+    from_trl(ROWS, policy.tokenizer).save(tmp_path / "own")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
+    hub.repositories["datasets/alice/sums"] = FakeRepository(True, files)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    with pytest.raises(UserError, match="alice/none is neither a file here nor a data set that the Hub gives"):
+        OfflineBuffer.load("alice/none")
+    hub.refuses = {"data-00000": 403}
+    with pytest.raises(UserError, match=r"alice/sums cannot be downloaded from the Hub .*try again"):
+        OfflineBuffer.load("alice/sums")
+    hub.refuses = {}
+    assert len(OfflineBuffer.load("alice/sums")) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert len(OfflineBuffer.load("alice/sums")) == 2, "a copy needs no connection"
+    files["data-00000-of-00001.arrow"] = files["data-00000-of-00001.arrow"].replace(b"1+1", b"1+2")
+    with pytest.raises(UserError, match="is damaged: its checksum has changed"):
+        OfflineBuffer.load("alice/sums")
+    rows = OfflineBuffer.load(tmp_path / "own").rows  # as a table, which datasets pushes and reads
+    monkeypatch.setattr("datasets.load_dataset", lambda name, *_, **__: rows if name == "alice/table" else None)
+    hub.repositories["datasets/alice/table"] = FakeRepository(True, {"data/train.parquet": b""})
+    assert list(OfflineBuffer.load("alice/table")) == list(read_buffer("alice/table", policy.tokenizer))
 
 
 @pytest.mark.slow

@@ -128,11 +128,12 @@ def test_parts_of_text_are_joined_and_other_keys_reach_the_template() -> None:
     answer = {"role": "assistant", "content": "2", "reasoning_content": "one and one: ", "tool_calls": None}
     (row,) = from_trl([{"prompt": [user("1+1?")], "completion": [answer]}], reasons)
     assert (reasons.decode(row.completion_ids), row.completion) == ("one and one: 2<|im_end|>\n", "2")
+    assert row.completion_messages == [{**assistant("2"), "reasoning_content": "one and one: "}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
     called = built("{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }};{% endfor %}")
     (row,) = from_trl([{"messages": [user("1+1?"), call, turn("tool", "2"), assistant("Two")]}], called)
     assert row.prompt == '1+1?;[{"function": {"name": "add"}}];2;'
-    assert row.messages == [user("1+1?"), assistant(""), turn("tool", "2")]
+    assert row.messages == [user("1+1?"), {**call, "content": ""}, turn("tool", "2")]
 
 
 def test_what_a_row_gives_its_template_is_what_trl_gives_it() -> None:

@@ -174,6 +174,16 @@ def test_tables_have_lines_on_terminals(rich: bool, monkeypatch: pytest.MonkeyPa
     assert ("─" in out.getvalue()) is rich and "sft" in out.getvalue() and ("--" in out.getvalue()) is not rich
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_tables_are_cut_at_the_width_of_a_terminal_only(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table, names = Table("study", "model"), ("s" * 60, "m" * 60)
+    table.add_row(*names)
+    out = StringIO()
+    tables.show(Console(file=out, force_terminal=is_terminal), [table])
+    assert all(name in out.getvalue() for name in names) is not is_terminal
+
+
 def test_a_reader_that_has_gone_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
@@ -350,6 +360,10 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("--learning-rate: 'fast' is not a number", ("train", "sft", "--learning-rate", "fast", "--buffer", "x")),
     ("did you mean options.clip?", ("train", "grpo", "--set", "clip=1", "--buffer", "x", "--out", "out")),
     ("--column says what the columns of --data", ("compare", "facts", "--column", "prompt=question")),
+    (
+        "learning rates would be chosen on world:facts/validation and not on problems of yours: give some, with --set",
+        ("compare", "facts", "--data", "x.jsonl", "--learning-rates", "1e-4,1e-3"),
+    ),
     ("--column 'prompt': write NAME=COLUMN", ("compare", "facts", "--data", "x.jsonl", "--column", "prompt")),
     ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
     ("--out 'file/out' cannot be written", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
@@ -382,7 +396,8 @@ def test_wrong_input_is_told_in_one_line(told: str, arguments: tuple[str, ...], 
     [
         ("model: embedded\ntrain: {source: [\n", "bad.yaml: line 3: not valid YAML"),
         ("- a list\n", "an experiment is a mapping of settings, not list"),
-        ("model: embedded\n", "bad.yaml: train: Field required"),
+        ("model: embedded\n", "bad.yaml: train is missing: give it"),
+        ("model: embedded\nalgorithm: {}\n", "unknown setting in bad.yaml 'algorithm': did you mean 'algorithms'?"),
         ("", "an experiment is a mapping of settings, not NoneType"),
     ],
 )
@@ -413,10 +428,17 @@ PLUGINS = [
     ("raise RuntimeError('two\\nlines')\n", "mine.py' cannot be loaded: RuntimeError: two lines"),
     ("import sys; sys.exit()\n", "mine.py' cannot be loaded: SystemExit"),
     ("Other = 1\n", "mine.py has no 'Mine'; it has: Other"),
+    ("import rlzoo\nfrom dataclasses import dataclass\nclass Other: pass\n", "has no 'Mine'; it has: Other\n"),
     ("class Mine: pass\n", "is not a subclass of rlzoo.Objective"),
     ("import rlzoo\nclass Mine(rlzoo.Objective): name = 'mine'\n", "does not define coefficients"),
     ("import rlzoo\nclass Mine(rlzoo.Objective):\n    def coefficients(self, batch): ...\n", "has no name"),
 ]
+
+
+@pytest.mark.parametrize("option", ["--algorithms", "--reward"])
+def test_a_file_without_the_name_of_what_it_has(option: str, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def mine(completions): ...\n")
+    assert "'mine.py': write mine.py:Name; it has: mine\n" in fails("compare", "facts", option, "mine.py")
 
 
 @pytest.mark.parametrize(("text", "told"), PLUGINS)

@@ -175,7 +175,7 @@ def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
 
 
 def test_a_missing_setting_is_named() -> None:
-    with pytest.raises(UserError, match=r"^here: model: Field required$"):
+    with pytest.raises(UserError, match=r"^here: model is missing: give it, as it has no default$"):
         validated(Experiment, {"name": "x"}, "here")
 
 

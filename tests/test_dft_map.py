@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from comparisons import inline_pool
 
+import rlzoo
 from rlzoo.buffers.problems import load_problems
 from rlzoo.comparison import pages, runner
 from rlzoo.comparison.statistics import p_value
@@ -111,6 +112,14 @@ def test_a_map_is_run_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for fields in (1, 2):
         monkeypatch.setattr(sys, "argv", [*command, "--fields", str(fields)])
         dft_map.main()
+    outcomes = pq.read_table(tmp_path / "map" / "outcomes.parquet")
+    files = {path: path.read_bytes() for path in (tmp_path / "map").iterdir() if path.suffix != ".parquet"}
+    monkeypatch.setattr(rlzoo, "compare", lambda *_: pytest.fail("a field of the map was run again"))
+    extra = outcomes_of({Field(1200, 3, 2): LOW})  # as if killed after a third field's outcomes, before map.json
+    pq.write_table(pa.concat_tables([outcomes, extra.cast(outcomes.schema)]), tmp_path / "map" / "outcomes.parquet")
+    dft_map.main()
+    assert not [path.name for path in files if path.read_bytes() != files[path]]
+    assert pq.read_table(tmp_path / "map" / "outcomes.parquet").equals(outcomes)
     found = json.loads((tmp_path / "map" / "map.json").read_text())
     assert [row["metric"] for row in found["differences"]] == ["avg_at_k", "greedy"] * 2
     assert len(list((tmp_path / "runs").iterdir())) == 2 == len(found["validation"])

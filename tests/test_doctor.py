@@ -74,26 +74,52 @@ def test_what_only_hinders_is_shown_and_is_no_failure(
     assert "✗ GPU" in told and told.endswith("✓ rlzoo works here\n")
 
 
-@pytest.mark.parametrize(
-    ("code", "told"),
-    [
-        (f"os.kill(os.getpid(), {signal.SIGSEGV.value})", "its process was killed by SIGSEGV"),
-        ("raise ImportError('libtorch.so: no such file')", "ended with status 1: ImportError: libtorch.so: no such"),
-        ("time.sleep(60)", "did not end within 0 s"),
-    ],
-)
-def test_a_process_that_dies_is_told_in_one_line(
-    code: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    begun = 'print(\'{"doing": "torch"}\', flush=True)'
-    script = tmp_path / "python"
-    script.write_text(f"#!{sys.executable}\nimport os, time\n{begun}\n{code}\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr(doctor, "SECONDS", 0.3 if "sleep" in code else 60)
+DEATHS = [
+    (f"os.kill(os.getpid(), {signal.SIGSEGV.value})", "its process was killed by SIGSEGV"),
+    ("raise ImportError('libtorch.so: no such file')", "ended with status 1: ImportError: libtorch.so: no such"),
+    ("time.sleep(60)", "did not end within 0 s"),
+]
+
+
+@pytest.fixture
+def dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, bool], None]:
+    """Let the process that tests run some code, in the middle of what is needed or not."""
+
+    def with_code(code: str, needed: bool) -> None:
+        begun = {"doing": {"section": "Backends", "name": "torch", "needed": needed}}
+        script = tmp_path / "python"
+        script.write_text(f"#!{sys.executable}\nimport os, time\nprint({json.dumps(begun)!r}, flush=True)\n{code}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        monkeypatch.setattr(doctor, "SECONDS", 0.3 if "sleep" in code else 60)
+
+    return with_code
+
+
+@pytest.mark.parametrize(("code", "told"), DEATHS)
+def test_a_process_that_dies_is_told_in_one_line(code: str, told: str, dies: Callable[[str, bool], None]) -> None:
+    dies(code, True)
     (check,) = doctor.tested_apart(["--quick"])
-    assert check.ok is False and (check.name == "torch" or "sleep" in code)  # it may have had no time to begin
+    assert check.ok is False and check.needed
+    assert check.name == "torch" or "sleep" in code  # it may have had no time to begin
     assert told in check.found and "\n" not in check.found and "doctor --json" in check.remedy
+    assert ("less busy" in check.remedy) is ("sleep" in code)
+
+
+def test_an_optional_package_that_ends_the_process_hides_nothing_that_is_needed(
+    dies: Callable[[str, bool], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(self_test.SelfTest, "checks", lambda test, say: iter(WELL))
+    monkeypatch.setattr(self_test, "backends", lambda say: iter(WELL))
+    monkeypatch.setattr(self_test, "import_module", lambda name: None)
+    said: list[dict[str, Any]] = []
+    checks = self_test.checks(lambda name, **how: said.append({"name": name, **how}), quick=False)
+    sections = [check.section for check in checks]
+    assert set(sections[2:]) == {self_test.OPTIONAL} and sections[:2] == ["Backends", "Backends"]
+    assert {"name": "peft", "section": self_test.OPTIONAL, "needed": False} in said
+    dies(DEATHS[0][0], False)
+    (check,) = doctor.tested_apart([])
+    assert check.ok is False and not check.needed, "the exit status stays 0"
 
 
 def test_the_process_runs_the_self_test() -> None:
@@ -131,7 +157,7 @@ def test_an_optional_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyP
         raise ImportError("libcudart.so.12: cannot open shared object file")
 
     monkeypatch.setattr(self_test, "import_module", broken)
-    checks = {check.name: check for check in self_test.backends(lambda name: None)}
+    checks = {check.name: check for check in self_test.optional(lambda name: None)}
     peft = checks["peft"]
     assert (peft.ok, peft.needed) == (False, False)
     assert "libcudart.so.12" in peft.found and "--force-reinstall peft" in peft.remedy

@@ -1,7 +1,8 @@
 """The README, tutorials and how-tos: every block of code is run, from top to bottom, in a folder of its own.
 
 Blocks that begin with the name of a file are written to it. Others run: Python in one namespace per page, commands as
-they are but for a few more options, so that they take less time. YAML without a name is part of an experiment.
+they are but for a few more options, so that they take less time. YAML without a name is part of an experiment, on all
+pages of the documentation.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def test_every_block_runs(
     monkeypatch.setattr("rlzoo.variance.run.pool", inline_pool)
     for name in ("train", "test"):
         rows = [{"question": f"{n}+1=?", "solution": f"={n + 1}\n#### {n + 1}", "answer": f"{n + 1}"} for n in range(8)]
-        rows = [{**row, "gold": row["answer"]} for row in rows]
+        rows = [{**row, "gold": row["answer"], "response": row["solution"]} for row in rows]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict[str, Any] = {}
     for language, code in FENCED.findall((ROOT / page).read_text(encoding="utf-8")):
@@ -82,9 +83,6 @@ def test_every_block_runs(
         elif language == "bash":
             for command in commands(code):
                 run(command)
-        else:
-            Path("part.yaml").write_text(f"extends: arithmetic\n{code}")
-            load_experiment("part.yaml")
     for written in tmp_path.glob("*.py"):
         if written.name.startswith("test_"):
             tested = forked(partial(pytest.main, ["-q", "-p", "no:cacheprovider", written.name]))
@@ -108,7 +106,7 @@ def test_notebooks_have_the_code_of_their_pages() -> None:
         written, text = page.with_suffix(".ipynb").read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
         assert written == made(text), "python docs/notebooks.py"
         code = ["".join(cell["source"]) for cell in json.loads(written)["cells"] if cell["cell_type"] == "code"]
-        assert len(code) == len(FENCED.findall(text))
+        assert len(code) == 1 + len(FENCED.findall(text)), "that of the page, after the cell that makes a folder"
 
 
 def test_the_python_reference_names_all_that_is_public() -> None:
@@ -133,6 +131,17 @@ def shown(text: str) -> Iterator[tuple[str, bool]]:
             command = BEFORE.sub("", line).partition(" > ")[0]
             if re.match(r"(rlzoo|python|make) ", command):
                 yield command, is_in_sentence
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_settings_that_are_shown_are_those_of_an_experiment(page: str, tmp_path: Path) -> None:
+    """Whole files, parts of one, and rows of its algorithms, which are indented."""
+    for language, code in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        if language == "yaml":
+            part = f"algorithms:\n{code}" if code.startswith(" ") else code
+            is_whole = re.search(r"^(model|extends):", part, re.MULTILINE)
+            (tmp_path / "part.yaml").write_text(part if is_whole else f"extends: arithmetic\n{part}")
+            load_experiment(str(tmp_path / "part.yaml"))
 
 
 def options_of(command: str) -> set[str]:

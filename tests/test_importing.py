@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import logs
+import pyarrow.parquet as pq
 import pytest
-from chat_templates import assistant, policy_of, tokenizer_of, turn, user
+from chat_templates import CALLS, OPENS, TURNS, assistant, built, policy_of, tokenizer_of, turn, user
 
 from rlzoo.buffers import Importer, LoggedSample, OfflineBuffer, get_importer, import_log, list_importers
 from rlzoo.buffers.bad_rows import BadRows
@@ -105,13 +106,91 @@ def test_trl_several_turns(chat: Any, tmp_path: Path) -> None:
     )
     assert row.completion_mask is not None
     kept = [token for token, learned in zip(row.completion_ids, row.completion_mask, strict=True) if learned]
-    assert chat.decode(kept).replace("\n", "") == "a<|im_end|>c<|im_end|>"
+    assert chat.decode(kept).replace("\n", "") == "a<|im_end|>c<|im_end|>" and row.completion_messages == turns
     path = logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[turns[:2]] * 12)
     with pytest.raises(UserError, match=rf"{path.name} row 1: column 'completion' has the turns assistant, tool: the"):
         imported("trl", path, chat)
 
 
+def call(arguments: Any) -> dict[str, Any]:
+    """A turn of the assistant that calls a tool."""
+    return {**assistant(""), "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": arguments}}]}
+
+
+def test_trl_tool_calls_are_as_they_were_before_parquet(tmp_path: Path) -> None:
+    """Where Arrow gave each message, and each call, the keys of all."""
+    said = [call({"a": 1}), {**turn("tool", "2"), "name": "add"}, assistant("c")]
+    other = [call({"b": "x"})]
+    path = logs.trl(tmp_path, prompt=[[user("1")]] * 12, completion=[said, other, [assistant("d")]] * 4)
+    assert pq.read_table(path)["completion"][2].as_py()[0].keys() == {"role", "content", "tool_calls", "name"}
+    buffer = imported("trl", path, CALLS)
+    assert buffer.column("completion_messages")[:3] == [said, other, None]
+    assert [CALLS.decode(row.completion_ids).count("null") for row in buffer] == [0] * 12
+
+
 # verl
+
+
+TOLD = [assistant("2?"), turn("tool", "It is 2."), assistant("Sure.")]
+
+
+@pytest.mark.parametrize("role", ["tool", "user"])
+@pytest.mark.parametrize("template", ["chatml", "llama3", "qwen3"])
+@pytest.mark.parametrize("space", ["\n", ""])
+def test_verl_several_turns(template: str, role: str, space: str, tmp_path: Path) -> None:
+    """verl's agents add a tool's turn without the line break that the template has after the assistant's."""
+    tokenizer, turns = tokenizer_of(template), [TOLD[0], turn(role, "It is 2."), TOLD[2]]
+    text = tokenizer.apply_chat_template([user("1+1=?"), *turns[:2]], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+    given = logs.stripped(tokenizer, "1+1=?")
+    said = whole.removeprefix(given).replace("2?\n", f"2?{space}") + "Sure."
+    path = logs.write_lines(tmp_path / "1.jsonl", [{"input": given, "output": said, "score": 1.0, "step": 1}])
+    with pytest.raises(UserError, match=r"line 1: its completion has the header of another turn .*completions=several"):
+        imported("verl", path, tokenizer)
+    (single,) = imported("verl", path, tokenizer, completions="single")
+    assert (single.completion_messages, single.completion_mask, single.completion) == (None, None, said)
+    if template == "qwen3":  # the last answer gets an empty thinking, which is lost once a turn follows
+        with pytest.raises(UserError, match="line 1: the chat template renders turn 1 of the completion otherwise"):
+            imported("verl", path, tokenizer, completions="several")
+        return
+    (row,) = imported("verl", path, tokenizer, completions="several")
+    assert row.completion_messages == turns and row.reward == 1.0
+    kept = [token for token, learned in zip(row.completion_ids, row.completion_mask or [], strict=True) if learned]
+    stop = "<|eot_id|>" if template == "llama3" else "<|im_end|>"
+    assert tokenizer.decode(kept).replace("\n", "") == f"2?{stop}Sure.{stop}"
+
+
+def test_verl_results_in_a_turn_of_the_user(tmp_path: Path) -> None:
+    """As Qwen's template has them, several in one turn."""
+    tool = "<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n"
+    tokenizer = built(TURNS.replace("{{ '", "{{ '" + tool + "' if m.role == 'tool' else '", 1) + OPENS)
+    said = "add\nuser\n<tool_response>\n2\n</tool_response>\n<tool_response>\n3\n</tool_response>\nassistant\nIt is 5."
+    row = {"input": logs.stripped(tokenizer, "1+1=?"), "output": said, "score": 1.0, "step": 1}
+    (found,) = imported("verl", logs.write_lines(tmp_path / "1.jsonl", [row]), tokenizer, completions="several")
+    results = turn("tool", "2\n</tool_response>\n<tool_response>\n3")
+    assert found.completion_messages == [assistant("add"), results, assistant("It is 5.")]
+    hidden = [t for t, kept in zip(found.completion_ids, found.completion_mask or [], strict=True) if not kept]
+    assert tokenizer.decode(hidden).startswith("<|im_start|>user\n<tool_response>\n2")
+
+
+def test_verl_turns_that_end_early_or_are_not_the_templates(chat: Any, tmp_path: Path) -> None:
+    given = logs.stripped(chat, "1+1=?")
+
+    def read(output: str, tokenizer: Any = chat, **options: Any) -> Trajectory:
+        path = logs.write_lines(tmp_path / "1.jsonl", [{"input": given, "output": output, "score": 0.0, "step": 1}])
+        (row,) = imported("verl", path, tokenizer, completions="several", **options)
+        return row
+
+    cut = read("2?\ntool\nIt is 2.\nassistant\n")  # the length limit was the tool's
+    assert cut.completion_messages is None and cut.completion == "2?"
+    assert read("no turns").completion_messages is None
+    with pytest.raises(UserError, match=r"line 1: the turns of a completion are found by the chat template, but"):
+        read("2?", turns="none")
+    with pytest.raises(UserError, match=r"line 1: the completion was logged without its special tokens, and the chat"):
+        read("a\n<think>b</think>tool\nIt is 2.\nassistant\nSure.", tokenizer_of("qwen3"))
+    with pytest.raises(UserError, match=r"completion's turns cannot be told apart without their special tokens: give"):
+        given = "\n1+1=?\n\n"
+        read("2?", tokenizer_of("phi"), turns="single")
 
 
 def test_verl(chat: Any, tmp_path: Path) -> None:
@@ -186,9 +265,24 @@ def test_open_instruct_cut_and_with_tools(chat: Any, tmp_path: Path) -> None:
     bad = BadRows()
     short = imported("open-instruct", logs.open_instruct(tmp_path, chat, logprobs=[-1.0]), chat, bad)
     assert not short.has("behaviour_logp").any() and OTHER_TOKENS in bad.events()[0]
-    tools = logs.open_instruct(tmp_path, chat, request_info={"num_calls": 1, "tool_calleds": True})
-    with pytest.raises(UserError, match="line 1 has the output of tools among its tokens"):
-        imported("open-instruct", tools, chat)
+    called = {"num_calls": 1, "tool_calleds": True, "tool_outputs": "2"}
+    for logp in ([-1.0] * 3, None):
+        tools = logs.open_instruct(tmp_path, chat, request_info=called, logprobs=logp)
+        with pytest.raises(UserError, match=r"line 1 has the output of tools among its tokens, and no log-probs of 0"):
+            imported("open-instruct", tools, chat)
+    parts = [
+        chat(text, add_special_tokens=False)["input_ids"] for text in ("add<|im_end|>", "[2]", "It is 2.<|im_end|>")
+    ]
+    values = [value for part, logp in zip(parts, (-0.5, 0.0, -0.25), strict=True) for value in [logp] * len(part)]
+    used, bad = (
+        {"response_tokens": [*parts[0], *parts[1], *parts[2]], "logprobs": values, "request_info": called},
+        BadRows(),
+    )
+    row = imported("open-instruct", logs.open_instruct(tmp_path, chat, **used), chat, bad)[0]
+    kept = [len(parts[0]), len(parts[1]), len(parts[2])]
+    assert row.completion_mask == [True] * kept[0] + [False] * kept[1] + [True] * kept[2]
+    assert row.behaviour_logp == values and row.completion_messages is None
+    assert bad.events()[0].startswith("completions with the output of tools") and "12 in all" in bad.events()[0]
     foreign = logs.open_instruct(tmp_path, chat, prompt_tokens=[10**6])
     with pytest.raises(UserError, match=r"its tokens are not those of its text under this tokenizer: give the model"):
         imported("open-instruct", foreign, chat)
@@ -241,6 +335,15 @@ def test_prime_rl_traces_that_cannot_be_used(chat: Any, tmp_path: Path) -> None:
         -0.125
     ] * sum(again["mask"])
     assert not several.truncated and once.completion_mask is None
+    said = trace["nodes"][1]["message"]
+    assert several.completion_messages == [said, tool["message"], said] and once.completion_messages is None
+    flat = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "name": "add", "arguments": '{"a": 1}'}]}
+    result = {"role": "tool", "content": "b", "tool_call_id": "c"}
+    begun = {**trace["nodes"][1], "message": flat}
+    called = read(nodes=[trace["nodes"][0], begun, {**tool, "message": result}, again])
+    made = call({"a": 1})
+    made["tool_calls"][0]["id"] = "c"
+    assert called.completion_messages == [made, result, said]
     judged = {"traces": [{**trace, "agent": {"trainable": False}}]}
     with pytest.raises(UserError, match="has no trace of an agent that is trained"):
         imported("prime-rl", logs.write_lines(tmp_path / "t.jsonl", [judged]), chat)
@@ -340,6 +443,32 @@ def test_openai_batches(chat: Any, tmp_path: Path) -> None:
         imported("openai", openai_line(tmp_path, **failed), chat)
 
 
+def test_openai_conversations(tmp_path: Path) -> None:
+    asked, result = logs.conversation("1+1=?"), {**turn("tool", "2"), "tool_call_id": "c"}
+    whole = [*asked, {**call('{"a": 1}'), "content": None}, result, assistant("It is 2.")]
+    (row,) = imported("openai", openai_line(tmp_path, messages=whole, reward=0.5), CALLS)
+    assert row.messages == [*asked, call({"a": 1}), result] and row.completion == "It is 2." and row.reward == 0.5
+    assert '"arguments": {"a": 1}' in row.prompt and row.completion_messages is None
+    answered = {**logs.chat_response(CALLS, "It is 2."), "messages": whole[:-1], "reward": 0.5}
+    (same,) = imported("openai", openai_line(tmp_path, **answered), CALLS)
+    assert (same.prompt_ids, same.messages) == (row.prompt_ids, row.messages) and same.behaviour_logp is not None
+    bad = BadRows()
+    (several,) = imported("openai", openai_line(tmp_path, **answered), CALLS, bad, turns="all")
+    assert several.messages == asked and several.completion_messages == [call({"a": 1}), result, assistant("It is 2.")]
+    hidden = [t for t, kept in zip(several.completion_ids, several.completion_mask or [], strict=True) if not kept]
+    assert CALLS.decode(hidden).strip() == "<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant"
+    assert several.prompt_ids + several.completion_ids == row.prompt_ids + row.completion_ids
+    assert several.behaviour_logp is None and bad.events()[0].startswith(OTHER_TOKENS)
+    (alone,) = imported("openai", openai_line(tmp_path, messages=[*asked, assistant("2")]), CALLS, turns="all")
+    assert alone.completion_messages is None and alone.completion_mask is None
+    with pytest.raises(UserError, match="line 1 has no 'choices': every line must hold a response"):
+        imported("openai", openai_line(tmp_path, messages=asked), CALLS)
+    with pytest.raises(
+        UserError, match=r"the response has a str for a tool call: give its function, \{name, arguments"
+    ):
+        imported("openai", openai_line(tmp_path, messages=[*asked, {"role": "assistant", "tool_calls": ["f"]}]), CALLS)
+
+
 # Evaluations
 
 
@@ -395,7 +524,7 @@ def test_lighteval(tokenizer: Any, tmp_path: Path) -> None:
 
 # What they are for
 
-NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs): take those of the initial"
+NO_LOGP = "the buffer has no groups ({} samples have a reward but no behaviour log-probs, for which --set training."
 NO_PAIRS = "the buffer has no pairs (0 of 3 sampled prompts have both a completion that reaches reward 0.5 and one"
 LACKING: dict[str, dict[str, str]] = {
     "trl": {"grpo": NO_LOGP.format(12)},

@@ -26,7 +26,7 @@ FILE = Path(__file__).parent / "tasks" / "inspect_sums.py"
 @pytest.fixture(scope="module")
 def library() -> Any:
     """inspect, which only some environments have."""
-    return pytest.importorskip("inspect_ai", reason="tasks of inspect are tested with inspect-ai 0.3.285")
+    return pytest.importorskip("inspect_ai", reason="tasks of inspect are tested with inspect-ai (make test-inspect)")
 
 
 def load(task: str, **settings: Any) -> list[Problem]:

@@ -6,6 +6,7 @@ import copy
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,16 @@ def test_a_buffer_without_the_references_log_probs_is_refused_before_training(tm
         VarianceCallback(None, ["iw-sft"], buffer)
     with pytest.raises(UserError, match="cannot measure every 0 steps"):
         VarianceCallback(None, ["dft"], buffer, every=0)
+
+
+@pytest.mark.parametrize("split", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_split_weights_are_refused_before_training(split: str) -> None:
+    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False, model=small_model())
+    buffer = OfflineBuffer.from_trajectories(small_rows())
+    VarianceCallback(trainer, ["dft"], buffer)
+    setattr(trainer, split, True)
+    with pytest.raises(UserError, match=r"needs whole weights in each process.*rlzoo variance --buffer"):
+        VarianceCallback(trainer, ["dft"], buffer)
 
 
 @pytest.mark.slow

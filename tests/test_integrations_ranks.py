@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 import torch
 from test_ranks import copies
-from trl_rows import Fixed, Gradient, gap, own_gradient, small_model, step_arguments, step_gradient, tokenizer
+from trl_rows import (
+    Fixed,
+    Gradient,
+    gap,
+    own_gradient,
+    small_model,
+    small_rows,
+    step_arguments,
+    step_gradient,
+    tokenizer,
+)
 
 pytest.importorskip("trl", reason="objectives in TRL's trainers are tested with TRL 1.16")
 
 from datasets import Dataset
+from test_integrations_probe import trainer_of
 from test_integrations_trl import (
     CHOSEN,
     REJECTED,
@@ -25,8 +36,11 @@ from test_integrations_trl import (
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
-from rlzoo.integrations import with_objective
+from rlzoo import OfflineBuffer
+from rlzoo.integrations import VarianceCallback, with_objective
 from rlzoo.objective import get_objective
+from rlzoo.policy import Policy
+from rlzoo.variance import VarianceProbe
 
 PROCESSES = 2
 OF_PAIRS, OF_GROUPS = ("dpo", "orpo"), ("grpo", "dapo")
@@ -101,3 +115,37 @@ def test_trainers_on_two_processes_have_the_gradient_of_all_rows(tmp_path: Path)
         wanted = own_gradient(models[0], get_objective(name, **OPTIONS.get(name, {})), source, models[1])
         for found in of_all:
             assert gap(found[name][0], wanted) < 1e-5, name
+
+
+def watched(number: int, folder: Path) -> str:
+    """Write the weights that one of the processes trains, without and with a probe, and what the probe records."""
+    trainers = trainer_of(folder), trainer_of(folder)
+    callback = VarianceCallback(trainers[1], ["sft", "dft"], OfflineBuffer.from_trajectories(small_rows()), every=2)
+    trainers[1].add_callback(callback)
+    for trainer in trainers:
+        trainer.train()
+    weights = [trainer.model.state_dict() for trainer in trainers]
+    torch.save((weights, callback.records, trainers[1].state.log_history), folder / f"{number}.pt")
+    return "well"
+
+
+@pytest.mark.slow
+def test_a_probe_on_two_processes_measures_what_one_does(tmp_path: Path) -> None:
+    assert copies(partial(watched, folder=tmp_path), PROCESSES) == ["well"] * PROCESSES
+    (weights, records, log), (_, others, _) = (
+        torch.load(tmp_path / f"{number}.pt", weights_only=False) for number in range(PROCESSES)
+    )
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()), "it changes nothing"
+    assert records == others and [record["step"] for record in records] == [2, 2, 4, 4]
+    assert [entry["step"] for entry in log if "variance/dft/snr" in entry] == [2, 4]
+    model = small_model()
+    model.load_state_dict(weights[1])
+    objectives = {name: get_objective(name) for name in ("sft", "dft")}
+    probe = VarianceProbe(OfflineBuffer.from_trajectories(small_rows()), every=1)
+    alone = probe.measured(Policy(model, tokenizer()), objectives)
+    for record in records[-2:]:
+        expected = alone[record["objective"]]
+        for name in ("mean", "ess_fraction", "median_p"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-5)
+        for name in ("trace_cov", "grad_norm_sq"):
+            assert record[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-4)

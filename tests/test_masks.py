@@ -15,7 +15,19 @@ import pytest
 import torch
 from batches import built as built_objective
 from batches import of_each_kind
-from chat_templates import OPENS, TEMPLATES, TURNS, assistant, built, policy_of, tokenizer_of, turn, user
+from chat_templates import (
+    CALLS,
+    OPENS,
+    TEMPLATES,
+    TURNS,
+    WITH_TOOLS,
+    assistant,
+    built,
+    policy_of,
+    tokenizer_of,
+    turn,
+    user,
+)
 
 from rlzoo.buffers import BadRows, OfflineBuffer, RolloutBuffer, from_trl, read_buffer, to_trl
 from rlzoo.buffers.overview import overview
@@ -29,6 +41,7 @@ from rlzoo.policy import Assembler, MicroBatches, Policy, load_policy, log_probs
 from rlzoo.policy.loading import save_policy
 from rlzoo.policy.sequences import learned, learned_tokens
 from rlzoo.rollout import Collector, Sample, mismatch, sampler_of
+from rlzoo.rollout.rescoring import rescored
 from rlzoo.testing.engine import SameRows, rows_of, units_of
 from rlzoo.training import Trainer, train, with_behaviour, with_reference
 from rlzoo.training.sums import truncated_importance
@@ -36,19 +49,6 @@ from rlzoo.types import Trajectory
 
 PLUGIN = f"{Path(__file__).parent / 'plugins' / 'with_tool'}.py:WithTool"
 TALK = [user("1+1?"), assistant("2"), user("2+2?"), assistant("4")]
-WITH_TOOLS = [
-    turn("system", "S"),
-    user("1+1?"),
-    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]},
-    turn("tool", "2"),
-    assistant("It is 2."),
-    user("2+2?"),
-    assistant("4"),
-]
-CALLS = built(
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + OPENS
-)
 
 
 # From data to masks
@@ -206,6 +206,7 @@ def test_a_cut_leaves_something_to_learn_from_or_the_row_is_bad(tmp_path: Path) 
     first = len(spans(whole)[0])
     (cut,) = from_trl([row], tokenizer, max_completion_tokens=first + 2, turns="all")
     assert (cut.completion_mask, cut.truncated) == ([True] * first + [False] * 2, True)
+    assert len(whole.completion_messages or []) == 3 and cut.completion_messages is None
     (same,) = from_trl([row], tokenizer, max_length=len(whole.prompt_ids) + first, turns="all")
     assert same.completion_mask is None and same.truncated
     with pytest.raises(UserError, match=rf"row 1: the turns learned from begin after the first {first} tokens"):
@@ -441,8 +442,14 @@ def test_rewards_of_conversations_get_the_turns() -> None:
         seen.extend(completions)
         return [1.0] * len(completions)
 
-    Collector(policy, sampler_of(policy, settings), [Problem("p", [user("1")], {})], note, settings)(0)
+    def told_a_number(completions: list[Any], **_: Any) -> list[float]:
+        return [
+            float(any(re.fullmatch(r"=\d+;", m["content"]) and m["role"] == "tool" for m in c)) for c in completions
+        ]
+
+    rows = Collector(policy, sampler_of(policy, settings), [Problem("p", [user("1")], {})], note, settings)(0)
     assert [message["role"] for message in seen[0]] == ["assistant", "tool", "assistant"]
+    assert rows.column("completion_messages") == seen and set(rescored(rows, told_a_number).column("reward")) == {1.0}
 
 
 def test_lengths_and_likelihoods_are_of_what_the_policy_sampled() -> None:

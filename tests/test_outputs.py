@@ -20,6 +20,7 @@ from rlzoo.errors import TryAgainError, UserError
 from rlzoo.jobs import runs
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.outputs import remove, remove_partial, replacing, write_atomically
+from rlzoo.jobs.places import RECORD
 from rlzoo.jobs.runs import place, run_in, unfinished
 
 ASKED = {"steps": 10, "model": "embedded"}
@@ -207,6 +208,20 @@ def test_a_failed_file_is_removed_and_a_present_one_kept(tmp_path: Path) -> None
     with pytest.raises(UserError, match="exists already"), run_in(file, "rollout", ASKED, "whole"):
         pytest.fail("must not come here")
     assert file.read_text() == "mine" and names(tmp_path) == ["rows.jsonl"]
+
+
+def test_a_folder_that_is_written_whole_is_known_as_finished_and_a_file_is_not(tmp_path: Path) -> None:
+    for name in ("rows", "rows.jsonl"):
+        with run_in(tmp_path / name, "rollout", ASKED, "whole") as run:
+            assert not run.finished
+            run.folder.touch() if run.folder.suffix else run.folder.mkdir()
+    assert names(tmp_path) == ["rows", "rows.jsonl", f"rows/{RECORD}"]
+    with run_in(tmp_path / "rows", "rollout", ASKED, "whole") as run:
+        assert run.finished
+    with pytest.raises(UserError, match="holds another run"), run_in(tmp_path / "rows", "import", ASKED, "whole"):
+        pytest.fail("must not come here")
+    with pytest.raises(UserError, match="exists already"), run_in(tmp_path / "rows.jsonl", "rollout", ASKED, "whole"):
+        pytest.fail("must not come here")
 
 
 FULL = os.strerror(errno.ENOSPC)

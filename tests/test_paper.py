@@ -244,11 +244,6 @@ def test_the_command_line_runs_a_twin(command: str, monkeypatch: pytest.MonkeyPa
 # Dry runs
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-
-
 FAST = ("arithmetic", "facts", "paper/lora")
 
 
@@ -336,7 +331,7 @@ def test_a_plan_without_a_connection_says_what_it_assumes(capsys: pytest.Capture
     assert found["rows"][0]["evaluated_tokens"] == pytest.approx(tests)
     assert main(["plan", "paper/qwen2.5-math-1.5b", "--gpu", "h100"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "150 tokens per prompt and 400 per solution, because the data is not on this machine" in told
+    assert "150 tokens per prompt and 400 per solution, because the data or the model's tokenizer is not" in told
     assert "not on this machine, and so not checked: the data set AI-MO/NuminaMath-CoT" in told
     assert main(["plan", "paper/qwen2.5-math-1.5b"]) == 2
     assert "--gpu NAME estimates the time without" in capsys.readouterr().err

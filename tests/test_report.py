@@ -798,7 +798,7 @@ def test_damaged_run_is_one_line_and_writes_nothing(tmp_path: Path, damage: str)
         case "parquet":
             (directory / "outcomes.parquet").write_bytes(b"not parquet")
     expected = {"nowhere": "does not exist", "empty": "has no results.json", "json": "not valid JSON",
-                "field": r"cells\.1\.seed: Field required", "parquet": "cannot be read"}[damage]  # fmt: skip
+                "field": r"cells\.1\.seed is missing", "parquet": "cannot be read"}[damage]  # fmt: skip
     with pytest.raises(UserError, match=expected) as error:
         write_report(directory)
     assert "\n" not in str(error.value)

@@ -109,7 +109,10 @@ def test_which_objectives_a_buffer_can_serve() -> None:
     assert whole["mixture"] == "needs the option 'weights', which has no default"
     bare = of(sample(0, 1.0, behaviour_logp=None), sample(0, 0.0, behaviour_logp=None))
     assert bare["rft"] is bare["dpo"] is None
-    assert bare["grpo"] == "no groups (2 samples have a reward but no behaviour log-probs)"
+    assert bare["grpo"] == (
+        "no groups (2 samples have a reward but no behaviour log-probs, for which --set training.behaviour=current "
+        "takes the initial policy's)"
+    )
     unscored = of(sample(0, None), sample(0, None))
     assert {unscored[name] for name in ("rft", "dpo", "grpo", "kto")} >= {"no rewards (none of its 2 rows has one)"}
     demonstrated = {
@@ -180,13 +183,15 @@ def test_import_says_what_it_did_and_does_it_once(
     assert "2 samples of 1 prompts, 2 with a reward, 0 with log-probs; saved to runs/buffer" in out
     notes = notes_of("runs/buffer")
     assert notes["imported_from"]["log"] == "1.jsonl" and notes["dropped_rows"]["count"] == 1
-    assert main(command) == 2 and "--out 'runs/buffer' exists already" in capsys.readouterr().err
+    assert main(command) == 0 and "already finished: runs/buffer" in capsys.readouterr().out
+    assert main([*command, "--max-completion-tokens", "9"]) == 2
+    assert "--out 'runs/buffer' already holds another run, finished (max_completion" in capsys.readouterr().err
     assert main(["import", "verl", "1.jsonl", "--out", "runs/other"]) == 2
     assert "1.jsonl line 3: no column 'output'; it has: step, input, score" in capsys.readouterr().err
     assert not Path("runs/other").exists()
     assert main(["rescore", "runs/buffer", "--reward", "length", "--set", "reward.size=1"]) == 2
     assert main(["rescore", "runs/buffer"]) == 2
-    assert "rlzoo rescore: reward: Field required" in capsys.readouterr().err
+    assert "rlzoo rescore: reward is missing" in capsys.readouterr().err
     assert main(["buffer", "show", "runs/buffer", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["rows"] == 2 and {use["objective"] for use in shown["objectives"] if not use["lacks"]} >= {"rft"}
@@ -206,7 +211,7 @@ def test_imported_samples_train(
     logs.trl(tmp_path / "log")
     assert main(["import", "trl", "log", "--out", "trl"]) == 0
     assert main(["train", "grpo", "--buffer", "trl", "--steps", "1", "--out", "out"]) == 2
-    assert "(12 samples have a reward but no behaviour log-probs): take those of the initial" in capsys.readouterr().err
+    assert "(12 samples have a reward but no behaviour log-probs, for which --set" in capsys.readouterr().err
 
 
 @pytest.mark.slow

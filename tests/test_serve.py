@@ -13,7 +13,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -374,7 +374,11 @@ def buffer(tmp_path: Path) -> Path:
         )
         for n in range(120)
     ]  # fmt: skip
-    rows[7] = Trajectory(EVIL, EVIL, [1], [2], EVIL, "policy", reward=1.0, columns={EVIL: EVIL})
+    turns: list[dict[str, Any]] = [{"role": "assistant", "content": None, "tool_calls": ["add"]}]
+    turns += [{"role": "tool", "content": "11 + 1 = 12"}, {"role": "assistant", "content": "answer 12"}]
+    rows[12] = replace(rows[12], completion_messages=turns)
+    evil = {"messages": [{"role": EVIL, "content": EVIL, EVIL: EVIL}], "columns": {EVIL: EVIL}}
+    rows[7] = Trajectory(EVIL, EVIL, [1], [2], EVIL, "policy", reward=1.0, **evil)  # type: ignore[arg-type]
     OfflineBuffer.from_trajectories(rows).save(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -392,6 +396,7 @@ def test_a_buffer_is_paged_searched_and_grouped(buffer: Path) -> None:
     assert "3 prompts" in page(buffer, "/buffer/rows/groups?equal=yes").text, "p0, p1, and that of the row alone"
     row = page(buffer, "/buffer/rows/row/12")
     assert "answer 12" in row.text and "completion tokens3" in row.text and "Log-prob per token" in row.text
+    assert '{"content": null, "tool_calls": ["add"]}' in row.text and "11 + 1 = 12" in row.text
     assert client(buffer).get("/buffer/rows/row/120").status_code == 404
 
 

@@ -29,7 +29,7 @@ from rlzoo import cli
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.problems import load_problems
 from rlzoo.cli import app, settings
-from rlzoo.cli.settings import TrainSettings
+from rlzoo.cli.settings import TrainSettings, check_validation
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
 from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
@@ -723,7 +723,7 @@ CHANGES: dict[tuple[str, ...], dict[str, Any]] = {
     ("--model", "other"): {"model": "other"},
     ("--reward", "format"): {"reward": "format"},
     ("--data", "mine.jsonl"): {"train.source": "mine.jsonl"},
-    ("--test-data", "t.csv"): {"benchmarks.facts.source": "t.csv", "benchmarks.unseen-facts.source": "t.csv"},
+    ("--test-data", "t.csv"): {"benchmarks.facts.source": "t.csv"},
     ("--limit", "7"): TRAINING | TESTS,
     ("--train-limit", "7"): TRAINING,
     ("--test-limit", "7"): TESTS,
@@ -795,14 +795,27 @@ def test_columns_of_ones_own_data() -> None:
     own = {"prompt": "{q} Please.", "solution": "worked", "columns.answer": "label"}
     train = {"train.source": "d.jsonl", **{f"train.{key}": value for key, value in own.items()}}
     assert changed("rollout", "--data", "d.jsonl", *columns) == train
-    tests = {
-        f"benchmarks.{name}.{key}": value
-        for name in ("facts", "unseen-facts")
-        for key, value in {"source": "t.jsonl", **own}.items()
-    }
+    tests = {f"benchmarks.facts.{key}": value for key, value in {"source": "t.jsonl", **own}.items()}
     assert changed("evaluate", "--test-data", "t.jsonl", *columns) == tests
     both = ["--data", "d.jsonl", "--test-data", "t.jsonl", *columns, "--set", "train.prompt=p"]
     assert changed("compare", *both) == {**train, **tests, "train.prompt": "p"}
+
+
+def test_columns_of_ones_own_validation_problems() -> None:
+    columns = ["--data", "d.jsonl", "--column", "prompt=q", "--column", "answer=label"]
+    found = changed("compare", *columns, "--set", "validation.source=v.jsonl")
+    own = {key: value for key, value in found.items() if key.startswith("validation.")}
+    assert own == {"validation.source": "v.jsonl", "validation.prompt": "q", "validation.columns.answer": "label"}
+    check_validation(experiment_of("compare", "own-samples", *columns, "--set", "validation.source=v.jsonl"), "d.jsonl")
+    check_validation(experiment_of("compare", "facts", *columns), "d.jsonl")  # one rate per row: nothing to choose
+
+
+def test_benchmarks_with_the_same_problems_are_one() -> None:
+    def names(*arguments: str) -> list[str]:
+        return list(experiment_of("compare", "facts", *arguments).benchmarks)
+
+    assert names() == names("--test-data", "t.jsonl", "--set", "benchmarks.unseen-facts.max_new_tokens=4")
+    assert names("--test-data", "t.jsonl") == ["facts"] != names()
 
 
 @shows("--learning-rates")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comparisons import inline_pool, small
+from comparisons import forked, inline_pool, small
 from test_compare import numbers, outcomes, quietly
 from test_report import synthetic_run
 
@@ -62,17 +63,21 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """Interrupt training after this number of batches, once; returns the steps that are done."""
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Interrupt, or kill, training after this number of batches, once; returns the steps that are done."""
 
     real = Trainer._between_batches
 
-    def stop(after: int) -> list[int]:
+    def stop(after: int, kill: bool = False) -> list[int]:
         done = list[int]()
 
         def between(self: Trainer) -> None:
             real(self)
             done.append(self.step)
+            if len(done) == after and kill:
+                assert self.checkpoints is not None
+                self.checkpoints.wait()
+                signal.raise_signal(signal.SIGKILL)
             if len(done) == after:
                 raise KeyboardInterrupt
 
@@ -337,9 +342,9 @@ def test_samples_that_two_stages_learn_from_are_paid_once(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_that_was_stopped_in_a_stage_resumes_there(
-    tmp_path: Path, stopping: Callable[[int], list[int]]
+    tmp_path: Path, stopping: Callable[..., list[int]]
 ) -> None:
-    """In one that several cells continue from, and in the last of a cell. The rate of the last stage is tuned."""
+    """Killed in one that several cells continue from, interrupted in the last of a cell, whose rate is tuned."""
     rows = {
         "sft": {"training": {"steps": 3}},
         "dpo": {"training": {"steps": 3}},
@@ -347,21 +352,21 @@ def test_a_comparison_that_was_stopped_in_a_stage_resumes_there(
     }
     experiment = small(rows, training__checkpoint_seconds=0)
     whole = quietly(experiment, tmp_path / "whole")
-    done = []
-    for stop in (2, 1 + 3 + 2):
-        done.append(stopping(stop))
-        with pytest.raises(KeyboardInterrupt):
-            quietly(experiment, tmp_path / "out")
+    stopping(2, kill=True)
+    assert forked(lambda: quietly(experiment, tmp_path / "out")).status == -signal.SIGKILL
+    second = stopping(1 + 3 + 2)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(experiment, tmp_path / "out")
     last = stopping(99)
     found = quietly(experiment, tmp_path / "out")
-    assert [*done, last] == [[1, 2], [3, 1, 2, 3, 1, 2], [3, 1, 2, 3]], "sft once, dpo, and sft-dpo at two rates"
+    assert [second, last] == [[3, 1, 2, 3, 1, 2], [3, 1, 2, 3]], "sft once, dpo, and sft-dpo at two rates"
     assert numbers(found) == numbers(whole) and set(found["learning_rates"]) == {"sft-dpo"}
     assert outcomes(tmp_path / "out").equals(outcomes(tmp_path / "whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_stages_that_several_rows_have_are_trained_once(tmp_path: Path, stopping: Callable[[int], list[int]]) -> None:
+def test_stages_that_several_rows_have_are_trained_once(tmp_path: Path, stopping: Callable[..., list[int]]) -> None:
     """Those of a row that ends where another goes on, too; each has the results that it has alone."""
     done = stopping(99)
     results = quietly(small(STAGED), tmp_path / "out")

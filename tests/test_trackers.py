@@ -1,4 +1,4 @@
-"""What experiment trackers receive. wandb and trackio are recorded by fakes; tensorboard's files are its own."""
+"""What experiment trackers receive. Fakes record wandb and trackio, which is also tested itself where installed."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ class Recorder:
             assert project == "rlzoo" and about["resume"] == "allow"
             run = self.runs.setdefault(about[self.key], Recorded(about))
             run.open = True
+            if "config" in about:  # trackio's, which replaces what it had
+                run.config = dict(about["config"])
             made.config = Config(run)
             return run
 
@@ -82,7 +84,7 @@ class Config:
     run: Recorded
 
     def update(self, values: Mapping[str, Any], allow_val_change: bool) -> None:
-        assert not self.run.config, "it is stored once"
+        assert self.run.config in ({}, values), "it is stored once"
         self.run.config.update(values)
 
 
@@ -143,7 +145,7 @@ def test_every_result_of_a_comparison_reaches_the_trackers(tmp_path: Path, recor
         for cell in results["cells"]:
             run = recorder.named(f"{cell['algorithm']}-lr{cell['learning_rate']:g}-seed0")
             assert run.about["group"] == "study"
-            assert run.config["objective"] == cell["algorithm"]
+            assert run.config["objective"] == cell["algorithm"] and run.config["batch_size"] == 8
             assert run.steps[1]["loss"] == cell["training"][0]["loss"] and "loss" in run.steps[2]
             received = {key: value for one in run.steps.values() for key, value in one.items()}
             assert received["curve/facts/avg_at_k"] == cell["curve"][-1]["metrics"]["facts"]["avg_at_k"]
@@ -155,6 +157,47 @@ def test_every_result_of_a_comparison_reaches_the_trackers(tmp_path: Path, recor
             assert validation in [one.get("validation/avg_at_k") for one in run.steps.values()]
         base = recorder.named("base").steps
         assert base[0]["evaluation/facts/avg_at_k"] == results["base"]["facts"]["avg_at_k"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_what_trackio_itself_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio", reason="what trackio keeps is read with trackio 0.43")
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+
+    def kept(logs: Path) -> tuple[dict[int, dict[str, float]], dict[str, Any]]:
+        """The metrics by step, and the configuration, of the run of a training."""
+        name = f"{logs.name} {json.loads((logs / 'tracked-as.json').read_text())['id']}"
+        (run,) = (run for run in trackio.Api().runs("rlzoo") if run.name == name)
+        steps: dict[int, dict[str, float]] = {}
+        for row in storage.get_logs("rlzoo", name):
+            steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if isinstance(v, float | int)})
+        return steps, run.config
+
+    table, out = tmp_path / "sums.jsonl", tmp_path / "my-dft"
+    table.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--buffer", str(table), "--steps", "3", "--batch-size", "2", "--out", str(out)]
+    assert main(["train", "dft", *options, "--set", "training.trackers=[trackio]"]) == 0
+    assert "Trackio" not in capsys.readouterr().out
+    steps, config = kept(out / "logs" / "my-dft")
+    assert set(steps) == {1, 2, 3}
+    for row in json.loads((out / "training.json").read_text())["steps"]:
+        assert {key: steps[row["step"]][key] for key in row} == pytest.approx(row)
+    assert config["objective"] == "dft" and config["_Group"] == "my-dft"
+
+    experiment = small({"sft": {}}, training__trackers=["trackio"])
+    results = compare(experiment, tmp_path / "study", console=Console(quiet=True))
+    (cell,) = results["cells"]
+    (logs,) = (tmp_path / "study" / "logs").glob("sft-*")
+    steps, config = kept(logs)
+    assert steps[1]["loss"] == pytest.approx(cell["training"][0]["loss"])
+    found = {key: value for one in steps.values() for key, value in one.items()}
+    for metric, value in cell["metrics"]["facts"].items():
+        assert found[f"evaluation/facts/{metric}"] == pytest.approx(value)
+    assert config["objective"] == "sft" and config["batch_size"] == 8, "results are a second part of the run"
 
 
 @pytest.mark.slow

@@ -311,7 +311,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     """A command in an empty folder: its exit status, standard output and standard error, workers' included."""
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "path", [*sys.path])
 
     def main(*arguments: str) -> tuple[int, str, str]:
@@ -338,8 +337,11 @@ def test_the_command_with_an_objective_from_a_file(run: Run, tmp_path: Path, mon
     assert 0 < found["objectives"]["root-dft"]["coefficients"]["mean"] < 1
     assert [row["step"] for row in found["training"]["root-dft"]] == [0, 1, 2]
     assert {p.name for p in (tmp_path / "found").iterdir()} == {
-        "buffer", "figures", "report.html", "report.md", "run.json", "variance.json",
+        "README.md", "buffer", "figures", "report.html", "report.md", "run.json", "variance.json",
     }  # fmt: skip
+    card = (tmp_path / "found" / "README.md").read_text()
+    assert "rlzoo variance --objectives" in card and "| root-dft |" in card and "## Files" in card
+    assert "| problems | world:" in (tmp_path / "found" / "buffer" / "README.md").read_text()
     page = (tmp_path / "found" / "report.html").read_text()
     assert page.count("<figure>") == 6 and "root-dft" in page and page.count("<script") == 1
     assert run("report", "found")[0] == 0 and (tmp_path / "found" / "report.html").read_text() == page

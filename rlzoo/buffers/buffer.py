@@ -285,7 +285,8 @@ class OfflineBuffer(Buffer):
 
     @classmethod
     def load(cls, path: str | Path, bad: BadRows | None = None) -> Self:
-        """Open a folder (memory-mapped), a .parquet or a .jsonl file that a buffer was saved to.
+        """Open a folder (memory-mapped), a .parquet or a .jsonl file that a buffer was saved to, or NAMESPACE/NAME of a
+        buffer on the Hub.
 
         Raises UserError for anything else, and for a row with an invalid value unless ``bad`` drops such rows.
         """
@@ -303,8 +304,8 @@ class RolloutBuffer(Buffer):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Open a folder that `save` wrote. Raises UserError for anything else."""
-        rows, settings = storage.read(path), storage.read_settings(path)
+        """Open a folder that `save` wrote, or NAMESPACE/NAME of one on the Hub. Raises UserError for anything else."""
+        rows, settings = storage.read(path), storage.read_settings(storage.local_path(path))
         if "capacity_versions" not in settings:
             raise UserError(f"{path} is not a rollout buffer: open it with OfflineBuffer.load")
         return cls(settings["capacity_versions"])._with_rows(rows)

@@ -16,10 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlzoo.buffers.bad_rows import BadRows
-from rlzoo.buffers.schema import ADDED, LOG_PROBS, NULLABLE, SAMPLING, SCHEMA, SOURCES, arrow, to_dataset
+from rlzoo.buffers.schema import (
+    ADDED,
+    ADDED_FIELDS,
+    CONVERSATIONS,
+    LOG_PROBS,
+    NULLABLE,
+    SAMPLING,
+    SCHEMA,
+    SOURCES,
+    arrow,
+    to_dataset,
+)
 from rlzoo.errors import UserError
 
-_NEEDED = {"reward_components": ("name",), "messages": ("role", "content"), "inputs": ("name", "values")}
+_NEEDED = {"reward_components": ("name",), **dict.fromkeys(CONVERSATIONS, ("role",)), "inputs": ("name", "values")}
 """Columns that hold lists of structs → the fields of these that are never null."""
 
 Wrong = tuple[int, str]
@@ -63,7 +74,8 @@ def conform(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
         return rows
     table, kinds = arrow(rows), SCHEMA.arrow_schema
     for name in _NEEDED:
-        if _fields(table.schema.field(name).type) not in (None, _fields(kinds.field(name).type)):
+        own, known = _fields(table.schema.field(name).type), _fields(kinds.field(name).type) or []
+        if own is not None and own != [one for one in known if one in own or one not in ADDED_FIELDS]:
             raise UserError(f"{origin} is not a saved buffer: the fields of {name} have other names")
     return to_dataset(pa.table([_cast(table[field.name], field, origin) for field in kinds], schema=kinds))
 
@@ -130,6 +142,11 @@ def _all_wrong(table: pa.Table) -> Iterator[Wrong]:
     for name, fields in _NEEDED.items():
         for row, _ in _inside(table[name], lambda one, fields=fields: _lacks(one, fields)):  # type: ignore[misc]
             yield row, f"{name} has an entry without {' or '.join(fields)}"
+    for name in CONVERSATIONS:
+        for row, _ in _inside(table[name], _without_content):
+            yield row, f"{name} has a message without content"
+        for row, _ in _inside(table[name], lambda one: _no_objects(one.field("extra"))):
+            yield row, f"{name} has a message whose other keys are not a JSON object"
     yield from _wrong_inputs(table["inputs"], tokens)
     yield from _wrong_columns(table["columns"])
 
@@ -168,10 +185,15 @@ def _wrong_inputs(column: pa.ChunkedArray, tokens: pa.ChunkedArray) -> Iterator[
 def _wrong_columns(column: pa.ChunkedArray) -> Iterator[Wrong]:
     before = 0
     for chunk in column.chunks:
-        if wrong := [text for text in chunk.unique().to_pylist() if text is not None and not _is_object(text)]:
-            for row in _rows(pc.is_in(chunk, pa.array(wrong))):
-                yield before + row, f"columns is {chunk[row].as_py()!r:.60}, which is not a JSON object"
+        for row in _rows(_no_objects(chunk)):
+            yield before + row, f"columns is {chunk[row].as_py()!r:.60}, which is not a JSON object"
         before += len(chunk)
+
+
+def _no_objects(texts: pa.Array) -> pa.BooleanArray:
+    """Which texts are not JSON objects; a null is none."""
+    wrong = [text for text in texts.unique().to_pylist() if text is not None and not _is_object(text)]
+    return pc.is_in(texts, pa.array(wrong, pa.string()))
 
 
 def _is_object(text: str) -> bool:
@@ -187,6 +209,11 @@ def _lacks(entries: pa.StructArray, fields: tuple[str, ...]) -> pa.BooleanArray:
     for field in fields:
         lacking = pc.or_(lacking, entries.field(field).is_null())
     return lacking
+
+
+def _without_content(messages: pa.StructArray) -> pa.BooleanArray:
+    """Which messages have neither a text nor anything else, such as tool calls or a list of parts."""
+    return pc.and_(messages.field("content").is_null(), messages.field("extra").is_null())
 
 
 def _inside(column: pa.ChunkedArray, wrong: Callable[[pa.Array], pa.BooleanArray]) -> Iterator[tuple[int, object]]:

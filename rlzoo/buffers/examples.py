@@ -97,7 +97,7 @@ def recognise(row: Row) -> tuple[ExampleFormat, bool]:
         raise UserError("has no columns: fill the row in, or drop it")
     raise UserError(
         f"the columns {', '.join(map(repr, row))} match no format that rlzoo reads "
-        f"({'; '.join(' + '.join(form.columns) for form in FORMATS)}): {_rename('completion')}"
+        f"({'; '.join(' + '.join(form.columns) for form in FORMATS)}): {_rename('prompt', 'completion')}"
     )
 
 
@@ -106,8 +106,9 @@ def _distance(columns: set[str], row: set[str], given: set[str]) -> tuple[int, i
     return len(columns - row), -len(columns & row), len(columns - given)
 
 
-def _rename(column: str) -> str:
-    return f"say which column stands for it with --column {column}=NAME, or columns: {{{column}: NAME}}"
+def _rename(*columns: str) -> str:
+    options = " ".join(f"--column {column}=NAME" for column in columns)
+    return f"name yours with {options}, or columns: {{{', '.join(f'{column}: NAME' for column in columns)}}}"
 
 
 def _require_no_gap(row: Row, given: set[str], form: ExampleFormat) -> None:

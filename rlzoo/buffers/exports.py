@@ -28,8 +28,9 @@ def to_trl(buffer: Buffer, kind: Kind, conversational: bool | None = None) -> da
     demonstrations' tokens: ``input_ids``, ``labels``, which are -100 for tokens that are not learned from, and
     ``completion_mask``, 0 for the prompt. In the other forms truncated completions are left out, because TRL would
     append an end of sequence. If ``conversational``, a plain prompt becomes a user turn; None gives conversations if
-    all rows are conversations. Raises UserError for an unknown kind, if no rows are left, and for a completion with
-    tokens that are not learned from in a form that cannot say so.
+    all rows are conversations, with the tool calls and whatever else their messages have. Raises UserError for an
+    unknown kind, if no rows are left, and for a completion with tokens that are not learned from, or with more than its
+    text, in a form that cannot say so.
     """
     if conversational is None:
         conversational = len(buffer) > 0 and buffer.is_complete("messages")
@@ -118,4 +119,11 @@ def _out_completion(row: Trajectory, conversational: bool) -> str | list[Message
             f"a completion of prompt {row.prompt_id!r} has tokens that are not learned from, which text cannot say: "
             "write demonstrations as tokenised"
         )
-    return [{"role": "assistant", "content": row.completion}] if conversational else row.completion
+    if conversational:
+        return row.completion_messages or [{"role": "assistant", "content": row.completion}]
+    if row.completion_messages is not None:
+        raise UserError(
+            f"a completion of prompt {row.prompt_id!r} is a message with more than its text, such as tool calls: write "
+            "conversations (conversational=True)"
+        )
+    return row.completion

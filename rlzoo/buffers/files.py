@@ -124,7 +124,21 @@ def batch_rows(batches: Iterable[pa.RecordBatch | pa.Table], origin: str) -> Ite
         columns = [_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True):
             number += 1
-            yield f"{origin} row {number}", plain_row(dict(zip(names, values, strict=True)))
+            yield f"{origin} row {number}", plain_row(dict(zip(names, map(_as_said, values), strict=True)))
+
+
+def _as_said(value: Any) -> Any:
+    """A conversation without the nulls with which Arrow gives each message, and each tool call, the keys of all."""
+    is_conversation = isinstance(value, list) and value and all(isinstance(x, dict) and "role" in x for x in value)
+    return _without_nulls(value) if is_conversation else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return value
 
 
 def first_line(error: Exception) -> str:

@@ -10,12 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 
-from rlzoo.buffers import cache
+from rlzoo.buffers import cache, storage
 from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.examples import (
@@ -91,7 +90,7 @@ def read_buffer(
     max_length: int | None = None,
     turns: str = LAST,
 ) -> OfflineBuffer:
-    """A saved buffer (folder, .parquet, .jsonl), or a table or Hub data set in a format that `from_trl` reads.
+    """A saved buffer (see `OfflineBuffer.load`), or a table or Hub data set in a format that `from_trl` reads.
 
     ``split``, ``columns``, ``special_tokens`` and ``turns`` are for tables. Demonstrations, and all completions of a
     table, are cut to ``max_completion_tokens``, and to what the prompt leaves of ``max_length``. A row that does not
@@ -106,7 +105,8 @@ def read_buffer(
 
 
 def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, encoding: _Encoding) -> OfflineBuffer:
-    if (Path(where) / "buffer.json").is_file():
+    if storage.is_folder(where):
+        _require_plain(where, split, columns)
         return _saved(where, encoding, bad)
     table = SourceTable.find(where, split)
     settings = {"source": where, "split": split, "columns": columns, "bad_rows": bad.mode, **encoding.settings}
@@ -119,12 +119,19 @@ def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, 
         if isinstance(item[1], dict):
             break
     if isinstance(seen[-1][1], dict) and {"prompt_ids", "completion_ids"} <= set(seen[-1][1]):
-        if columns:
-            raise UserError(f"{where} is a saved buffer: only a table's columns can be given other names")
+        _require_plain(where, split, columns)
         return _saved(where, encoding, bad)
     return OfflineBuffer.of_checked(
         cache.spooled(_rows(itertools.chain(seen, items), encoding, columns, bad), key, bad)
     )
+
+
+def _require_plain(where: str, split: str | None, columns: Columns) -> None:
+    """Raise UserError for settings of a table that are given with a saved buffer."""
+    if columns:
+        raise UserError(f"{where} is a saved buffer: only a table's columns can be given other names")
+    if split is not None:
+        raise UserError(f"{where} is a saved buffer, which has no split {split!r}: leave the split out")
 
 
 def _saved(where: str, encoding: _Encoding, bad: BadRows) -> OfflineBuffer:
@@ -170,7 +177,7 @@ def _shortened(row: Trajectory, limit: int, tokenizer: Any) -> Trajectory:
     inputs = {name: value[:limit] if len(value) == tokens else value for name, value in row.inputs.items()}
     return replace(
         row, completion=tokenizer.decode(kept), completion_ids=kept, truncated=True, inputs=inputs,
-        completion_mask=None if mask is None or all(mask[:limit]) else mask[:limit], **values,
+        completion_mask=None if mask is None or all(mask[:limit]) else mask[:limit], completion_messages=None, **values,
     )  # fmt: skip
 
 
@@ -310,6 +317,7 @@ def _read_row(row: Row, form: ExampleFormat, encoding: _Encoding) -> Steps[Read]
             completion_ids=encoded.completion_ids,
             truncated=encoded.truncated,
             completion_mask=encoded.mask,
+            completion_messages=encoded.messages,
             prompt_id=own_id(known.get(name)) or encoded.key,
             source=example.source,
             reward=example.reward,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field
 
 from rlzoo.buffers.files import Item
-from rlzoo.buffers.values import Row, find, number, usable
+from rlzoo.buffers.values import Row, find, number, read_json, usable
 from rlzoo.config.validation import Strict, validated
 from rlzoo.errors import UserError, kind_of
 from rlzoo.policy.chat import Message, Options, messages
@@ -18,6 +18,8 @@ from rlzoo.registry import Registry
 
 Turns = Literal["found", "single"]
 """The turns of a prompt without special tokens: found by the chat template, or known to be one turn of the user."""
+TurnsSaid = Literal["single", "several"]
+"""The turns of a completion without special tokens: one, whatever it spells, or those of the headers in it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class LoggedSample:
     """The top-p of nucleus sampling, where the log states it."""
     stripped: Turns | None = None
     """How the turns of a prompt are found whose text has lost its special tokens; None if it has not."""
+    turns_said: TurnsSaid | None = None
+    """How the completion of a ``stripped`` sample is read if headers of turns are in it; None: that is an error."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What a user should know about the sample → an example."""
 
@@ -130,12 +134,37 @@ def text_of(row: Row, name: str) -> str:
 def prompt_of(row: Row, name: str) -> Prompt:
     """A column with a prompt: text or messages. Raises UserError for anything else."""
     value = find(row, name)
-    return value if isinstance(value, str) else messages(value, f"column {name!r}")
+    return value if isinstance(value, str) else conversation_of(value, f"column {name!r}")
+
+
+def conversation_of(turns: Any, what: str) -> list[Message]:
+    """The messages of an API, with the arguments of tool calls as objects, which servers give to chat templates.
+
+    Raises UserError for anything else.
+    """
+    return [
+        {**turn, "tool_calls": [_call(one, what) for one in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+        for turn in messages(turns, what)
+    ]
+
+
+def _call(call: Any, what: str) -> dict[str, Any]:
+    """A tool call in OpenAI's form; verifiers has the name and the arguments beside the call's id, or all as text."""
+    given = read_json(call) if isinstance(call, str) else call
+    function = given.get("function", given) if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UserError(f"{what} has {kind_of(call)} for a tool call: give its function, {{name, arguments}}")
+    named = {name: function[name] for name in ("name", "arguments") if name in function}
+    if isinstance(named.get("arguments"), str) and (found := read_json(named["arguments"])) is not None:
+        named["arguments"] = found
+    if function is not given:
+        return {**given, "function": named}
+    return {**{name: given[name] for name in ("id",) if name in given}, "type": "function", "function": named}
 
 
 def completion_of(turns: Any, what: str) -> Message | list[Message]:
     """A completion's turns: the assistant's, or several of which the first and the last are. Raises UserError else."""
-    found = messages(turns, what)
+    found = conversation_of(turns, what)
     if not found[0]["role"] == found[-1]["role"] == "assistant":
         roles = ", ".join(turn["role"] for turn in found)
         raise UserError(f"{what} has the turns {roles:.80}: the first and the last must be the assistant's, so drop it")

@@ -14,14 +14,22 @@ from rlzoo.buffers import cache
 from rlzoo.buffers.bad_rows import BadRows, collecting
 from rlzoo.buffers.buffer import OfflineBuffer
 from rlzoo.buffers.files import BATCH, Item, file_rows
-from rlzoo.buffers.importer import Importer, LoggedSample
+from rlzoo.buffers.importer import Importer, LoggedSample, Turns
 from rlzoo.buffers.schema import to_row
 from rlzoo.buffers.stripped import Restorer
 from rlzoo.buffers.tables import SourceTable, chunks
 from rlzoo.errors import UserError, kind_of
 from rlzoo.jobs.sources import data_files
-from rlzoo.policy.chat import turn_of
-from rlzoo.policy.encoding import encode_batch, encode_steps, got, prompt_key, prompt_steps
+from rlzoo.policy.chat import Message, turn_of
+from rlzoo.policy.encoding import (
+    Completion,
+    encode_batch,
+    encode_steps,
+    got,
+    more_than_text,
+    prompt_key,
+    prompt_steps,
+)
 from rlzoo.policy.turns import Steps
 from rlzoo.registry import one_line
 from rlzoo.types import Trajectory
@@ -118,6 +126,7 @@ class _Completion(NamedTuple):
     text: str
     truncated: bool
     mask: list[bool] | None
+    messages: list[Message] | None
 
 
 class _Reader:
@@ -147,8 +156,13 @@ class _Reader:
         return made
 
     def _sample_steps(self, sample: LoggedSample) -> Steps[_Read]:
-        if sample.stripped and isinstance(sample.prompt, str) and getattr(self.tokenizer, "chat_template", None):
-            sample = replace(sample, prompt=self._restorer.conversation(sample.prompt, sample.stripped))
+        if sample.stripped is not None and getattr(self.tokenizer, "chat_template", None):
+            sample = self._restored(sample, sample.stripped)
+        elif sample.turns_said == "several":
+            raise UserError(
+                "the turns of a completion are found by the chat template, but the tokenizer has none, or prompts are "
+                "plain text: give the model that sampled (--model), and leave out turns=none"
+            )
         prompt, prompt_ids, key, completion, notes = yield from self._tokens(sample)
         heat = self.importer.temperature if sample.temperature is None else sample.temperature
         top_p = self.importer.top_p if sample.top_p is None else sample.top_p
@@ -163,6 +177,7 @@ class _Reader:
             prompt_ids=prompt_ids,
             completion_ids=completion.ids,
             completion_mask=completion.mask,
+            completion_messages=completion.messages,
             prompt_id=key,
             source="policy",
             reward=sample.reward,
@@ -176,6 +191,15 @@ class _Reader:
             columns=dict(sample.columns),
         )
         return _Read(trajectory, {**sample.notes, **notes, **why})
+
+    def _restored(self, sample: LoggedSample, how: Turns) -> LoggedSample:
+        """The sample with the turns of a prompt and a completion that are text without special tokens."""
+        if not isinstance(sample.prompt, str):
+            return sample
+        prompt, said = self._restorer.conversation(sample.prompt, how), sample.completion
+        if isinstance(said, str):
+            said = self._restorer.completion(prompt, sample.prompt, said, sample.turns_said)
+        return replace(sample, prompt=prompt, completion=said)
 
     def _tokens(self, sample: LoggedSample) -> Steps[tuple[str, list[int], str, _Completion, dict[str, str]]]:
         """The prompt as text and as tokens, its identity, the completion, and notes."""
@@ -198,12 +222,13 @@ class _Reader:
             )
         ended = ids[-1] in self._stops
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=mask is None)
-        last = sample.completion[-1] if isinstance(sample.completion, list) else sample.completion
-        said = last if isinstance(last, str) else (last or {}).get("content")
-        if said and "".join(said.split()) not in "".join(self.tokenizer.decode(ids).split()):
+        turns = _turns(sample.completion)
+        said = turns[-1].get("content") if turns else sample.completion
+        if isinstance(said, str) and "".join(said.split()) not in "".join(self.tokenizer.decode(ids).split()):
             raise UserError(OTHER_MODEL)
         truncated = not ended if sample.truncated is None else sample.truncated
-        return prompt, prompt_ids, prompt_key(prompt), _Completion(ids, text, truncated, mask), {}
+        more = more_than_text(turns) if turns else None
+        return prompt, prompt_ids, prompt_key(prompt), _Completion(ids, text, truncated, mask, more), {}
 
     def _known(self, ids: Any) -> list[int]:
         """Token ids that the tokenizer has."""
@@ -229,7 +254,7 @@ class _Reader:
         stop = self._stop_of_turns(sample.prompt)
         ids = ids[:end] if truncated else [*ids[:end], ids[end] if stop is None else stop]
         mask = None if made.mask is None or all(made.mask[: len(ids)]) else made.mask[: len(ids)]
-        completion = _Completion(ids, made.completion, truncated, mask)
+        completion = _Completion(ids, made.completion, truncated, mask, made.messages)
         return made.prompt, made.prompt_ids, made.key, completion, dict(made.notes)
 
     def _stop_of_turns(self, prompt: Any) -> int | None:
@@ -269,6 +294,13 @@ class _Reader:
         return all(map(_alike, own[:-1], sample.tokens)) and (
             _alike(own[-1], sample.tokens[-1]) or (ids[-1] in self._stops and not sample.tokens[-1])
         )
+
+
+def _turns(completion: Completion | None) -> list[Message]:
+    """The messages of a completion; none of a text."""
+    if isinstance(completion, str | None):
+        return []
+    return completion if isinstance(completion, list) else [completion]
 
 
 _SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from rlzoo.buffers.buffer import Buffer
-from rlzoo.buffers.schema import LOG_PROBS
+from rlzoo.buffers.schema import LOG_PROBS, arrow
 
 QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "max": 1.0}
 """The quantiles that are given of lengths and sizes."""
@@ -20,7 +21,7 @@ _SOURCES = {"policy": "samples", "demonstration": "demonstrations", "preference"
 
 
 def overview(buffer: Buffer) -> dict[str, Any]:
-    """Counts, lengths in tokens, rewards, groups, log-probs and columns, as plain data.
+    """Counts, turns, lengths in tokens, rewards, groups, log-probs and columns, as plain data.
 
     A group is all samples of one prompt by one policy version. Its rewards are equal if it has at least two samples,
     all with the same reward.
@@ -35,6 +36,7 @@ def overview(buffer: Buffer) -> dict[str, Any]:
         "temperatures": [float(heat) for heat in np.unique(buffer.numbers("temperature"))],
         "truncated": sum(buffer.column("truncated")),
         "conversations": int(buffer.has("messages").sum()),
+        "turns": turns_of(buffer),
         "prompt_tokens": quantiles(buffer.tokens("prompt_ids")),
         "completion_tokens": quantiles(buffer.tokens("completion_ids")),
         "learned_tokens": quantiles(buffer.learned_tokens()),
@@ -53,6 +55,22 @@ def quantiles(values: Int[np.ndarray, " N"]) -> dict[str, float]:
         return {}
     found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf")
     return {**dict(zip(QUANTILES, map(int, found), strict=True)), "sum": int(values.sum())}
+
+
+def turns_of(buffer: Buffer) -> dict[str, int]:
+    """How many completions have ``several`` turns, and how many have a mask and, of these turns, only ``text``."""
+    messages, masked = arrow(buffer.rows)["completion_messages"], buffer.has("completion_mask")
+    return {
+        "several": sum(length is not None and length > 1 for length in pc.list_value_length(messages).to_pylist()),
+        "text": int((masked & ~buffer.has("completion_messages")).sum()),
+    }
+
+
+def _turns_described(several: int, text: int, rows: int) -> str:
+    """The turns of ``rows`` completions; empty if all have one."""
+    told = [f"{several:,} of {rows:,} completions have several"] if several else []
+    told += [f"{text:,} have masked tokens but not their messages"] if text else []
+    return "; ".join(told)
 
 
 def _rewards(buffer: Buffer) -> dict[str, Any]:
@@ -101,6 +119,8 @@ def described(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "policy versions",
         f"{versions[0]}" if len(versions) == 1 else f"{len(versions)}, {versions[0]} to {versions[-1]}",
     )
+    if turns := _turns_described(**numbers["turns"], rows=rows):
+        yield "turns", turns
     masked = numbers["learned_tokens"] != numbers["completion_tokens"]
     for name in ("prompt_tokens", "completion_tokens", *(["learned_tokens"] if masked else [])):
         yield name.replace("_", " "), _spread(numbers[name])

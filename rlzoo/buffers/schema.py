@@ -1,7 +1,8 @@
 """The one row schema, and the conversion between a `Trajectory` and its row.
 
 Log-probs are stored as float32, in which they are computed; everything else is stored exactly. A row's ``columns`` are
-one JSON string, because problems of different tasks have different columns.
+one JSON string, because problems of different tasks have different columns; so is what a message has besides a role and
+a text, because Arrow would give every message the keys of all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from datasets.fingerprint import generate_random_fingerprint
 from rlzoo.errors import UserError
 from rlzoo.types import Trajectory
 
+_MESSAGES = List({"role": Value("string"), "content": Value("string"), "extra": Value("string")})
+"""A conversation. ``extra`` is a JSON object of a message's other keys, and of a content that is not text."""
 SCHEMA = datasets.Features(
     {
         "prompt": Value("string"),
@@ -39,16 +42,20 @@ SCHEMA = datasets.Features(
         "truncated": Value("bool"),
         "temperature": Value("float64"),
         "top_p": Value("float64"),
-        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "messages": _MESSAGES,
         "columns": Value("string"),
         "inputs": List({"name": Value("string"), "values": List(Value("float32"))}),
         "completion_mask": List(Value("bool")),
+        "completion_messages": _MESSAGES,
     }
 )
 LOG_PROBS = ("behaviour_logp", "sampler_logp", "reference_logp", "tempered_reference_logp")
-NULLABLE = frozenset({"reward", "messages", "completion_mask", *LOG_PROBS})
-ADDED = frozenset({"completion_mask"})
+CONVERSATIONS = ("messages", "completion_messages")
+NULLABLE = frozenset({"reward", "completion_mask", *CONVERSATIONS, *LOG_PROBS})
+ADDED = frozenset({"completion_mask", "completion_messages"})
 """Columns that a buffer of an earlier version lacks: they are null."""
+ADDED_FIELDS = frozenset({"extra"})
+"""Fields of structs that a buffer of an earlier version lacks."""
 SOURCES = ("demonstration", "policy", "preference")
 """The values that a row's ``source`` may have."""
 SAMPLING = {"temperature": (sys.float_info.max, "above 0"), "top_p": (1.0, "above 0 and at most 1")}
@@ -75,14 +82,16 @@ def unchecked_row(trajectory: Trajectory) -> dict[str, Any]:
     """`to_row` without its checks."""
     row = {name: getattr(trajectory, name) for name in _NAMES}
     row["reward_components"] = encode_components(trajectory.reward_components)
-    row["columns"] = _to_json(trajectory.columns)
+    row["columns"] = _to_json(trajectory.columns, "column")
     row["inputs"] = encode_inputs(trajectory.inputs)
+    for name in CONVERSATIONS:
+        row[name] = encode_messages(row[name])
     return row
 
 
 def from_row(row: dict[str, Any]) -> Trajectory:
     """The trajectory of a row: the inverse of `to_row`."""
-    decoded = {name: decode(name, row[name]) for name in ("reward_components", "columns", "inputs")}
+    decoded = {name: decode(name, row[name]) for name in ("reward_components", "columns", "inputs", *CONVERSATIONS)}
     return Trajectory(**{**row, **decoded})
 
 
@@ -96,8 +105,28 @@ def encode_inputs(inputs: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]
     return [{"name": name, "values": list(values)} for name, values in inputs.items()]
 
 
+def encode_messages(messages: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """A conversation as the list of structs that Arrow stores. Raises UserError for a value that JSON cannot hold."""
+    return None if messages is None else [_message_struct(message) for message in messages]
+
+
+def _message_struct(message: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {name: message[name] for name in ("role", "content") if isinstance(message.get(name), str)}
+    extra = {name: value for name, value in message.items() if name not in texts}
+    says = "content" in texts or any(value is not None for value in extra.values())
+    others = _to_json(extra, "key of a message") if extra and says else None
+    return {"role": texts.get("role"), "content": texts.get("content"), "extra": others}
+
+
+def _message(struct: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {name: struct[name] for name in ("role", "content") if struct[name] is not None}
+    return texts if struct["extra"] is None else {**texts, **json.loads(struct["extra"])}
+
+
 def decode(name: str, value: Any) -> Any:
     """The value of a field of a `Trajectory`, from what its column stores."""
+    if name in CONVERSATIONS:
+        return None if value is None else [_message(one) for one in value]
     if name == "reward_components":
         return {one["name"]: one["value"] for one in value}
     if name == "inputs":
@@ -128,13 +157,14 @@ def arrow(rows: datasets.Dataset) -> pa.Table:
     return rows.with_format("arrow")[:]
 
 
-def _to_json(columns: dict[str, object]) -> str:
+def _to_json(values: dict[str, object], what: str) -> str:
+    """The values of a ``what`` each as JSON. Raises UserError naming one that JSON cannot hold."""
     try:
-        return json.dumps(columns, ensure_ascii=False)
+        return json.dumps(values, ensure_ascii=False)
     except (TypeError, ValueError):
-        bad = next(name for name, value in columns.items() if not _is_json(value))
-        kind = type(columns[bad]).__name__
-        raise UserError(f"column {bad!r} holds a {kind}, which JSON cannot hold: drop or convert it") from None
+        bad = next(name for name, value in values.items() if not _is_json(value))
+        kind = type(values[bad]).__name__
+        raise UserError(f"{what} {bad!r} holds a {kind}, which JSON cannot hold: drop or convert it") from None
 
 
 def _is_json(value: object) -> bool:

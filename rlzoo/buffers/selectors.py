@@ -163,8 +163,9 @@ def groups(
         unscored = int((_has_source(rows, "policy") & ~np.isnan(reward)).sum())
         if unscored:
             raise UserError(
-                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs): take "
-                "those of the initial policy, with training.behaviour: current (--set training.behaviour=current)"
+                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs, for which "
+                "--set training.behaviour=current takes the initial policy's): set it, or training.behaviour: current "
+                "in an experiment's file"
             )
         raise UserError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "

@@ -1,4 +1,4 @@
-"""Buffers on disk: memory-mapped folders, Parquet and JSONL, written under a temporary name and then renamed."""
+"""Saved buffers: memory-mapped folders, Parquet and JSONL, written under a temporary name and then renamed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.checks import checked, wrong_rows
 from rlzoo.buffers.files import json_lines
 from rlzoo.buffers.schema import CHUNK, to_dataset, to_table, unchecked_row
-from rlzoo.buffers.tables import quiet, read_parquet
+from rlzoo.buffers.tables import load_table, quiet, read_parquet
 from rlzoo.errors import UserError
+from rlzoo.jobs.hub import local_copy
 from rlzoo.jobs.outputs import file_digest, replacing
-from rlzoo.jobs.sharing import CARD, public
+from rlzoo.jobs.sharing import CARD, hub_id, public
 from rlzoo.jobs.sources import kind_of_file
 from rlzoo.types import Trajectory
 
@@ -63,15 +64,35 @@ def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
         file.writelines(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
 
 
-def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
-    """The rows of a folder, a .parquet or a .jsonl file, without rows that ``bad`` drops.
+def local_path(source: str | Path) -> Path:
+    """Where a saved buffer is on this machine: its path, or the copy of a pushed folder that NAMESPACE/NAME names.
+
+    Raises UserError if a pushed folder cannot be downloaded.
+    """
+    path = Path(source)
+    return path if path.exists() else local_copy(str(source), SETTINGS) or path
+
+
+def is_folder(source: str | Path) -> bool:
+    """Whether a source is the folder of a saved buffer, here or on the Hub. Raises UserError as `local_path` does."""
+    return (local_path(source) / SETTINGS).is_file()
+
+
+def read(source: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
+    """The rows of a folder, a .parquet or a .jsonl file, or those of a buffer on the Hub, without rows that ``bad``
+    drops.
 
     Raises UserError for anything else, for damaged files and, unless it is dropped, for a row with an invalid value.
     """
-    path, bad = Path(path), BadRows() if bad is None else bad
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to")
-    if path.is_dir():
+    path, bad = local_path(source), BadRows() if bad is None else bad
+    if not path.exists() and (name := hub_id(str(source))) is not None and "/" in name:
+        rows = load_table(name)  # pushed by Buffer.push_to_hub, or by datasets
+    elif not path.exists():
+        raise UserError(
+            f"{path} does not exist: give a folder, a .parquet or a .jsonl file that a buffer was saved to, or "
+            "NAMESPACE/NAME of one on the Hub"
+        )
+    elif path.is_dir():
         _check_digests(path)
         rows = _read_folder(path)
     elif path.suffix == ".parquet":
@@ -82,7 +103,7 @@ def read(path: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
     else:
         raise UserError(f"{path} is not a buffer: give a folder, a .parquet or a .jsonl file that one was saved to")
     try:
-        return checked(rows, str(path), bad)
+        return checked(rows, str(source), bad)
     finally:
         release_pages(rows)
 
@@ -135,8 +156,8 @@ def _check_digests(path: Path) -> None:
     """Raise UserError for a folder whose files have changed since they were written."""
     settings = read_settings(path)
     digests = settings.pop(_DIGESTS, {})  # a folder of `datasets`, or of an older version, has none
-    there = {file.name for file in path.iterdir() if file.is_file() and file.name != CARD and file.name[0] != "."}
-    if not isinstance(digests, dict) or (digests and there != set(digests)):
+    there = {file.name for file in path.iterdir() if file.is_file()}  # others may have been added on the Hub
+    if not isinstance(digests, dict) or not digests.keys() <= there:
         raise UserError(f"{path} is damaged: it does not have the files that were written; save the buffer again")
     for name, digest in digests.items():
         if (_digest(settings) if name == SETTINGS else file_digest(path / name)) != digest:

@@ -1,4 +1,4 @@
-"""Conversations from rendered prompts without their special tokens, as some logs keep them."""
+"""Conversations from rendered text without its special tokens, as some logs keep it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from rlzoo.buffers.importer import Turns
+from rlzoo.buffers.importer import Turns, TurnsSaid
 from rlzoo.errors import UserError
 from rlzoo.policy.chat import Message, opened
 
@@ -26,6 +26,11 @@ _TURNS = (
 turns has these turns, and is not one message that spells headers."""
 _MARK = "PROBE{}"
 _FIX = "give the model that sampled (--model), or say what prompts are: --option turns=single, or turns=none"
+_FIX_SAID = "give the model that sampled (--model), or say --option completions=single"
+
+
+def _squeezed(text: str | None) -> str:
+    return "".join((text or "").split())
 
 
 class Restorer:
@@ -40,6 +45,56 @@ class Restorer:
         if self._last is None or self._last[0] != text:  # the samples of a prompt follow each other
             self._last = text, self._read(text, self._single if turns == "single" else self._several)
         return self._last[1]
+
+    def completion(self, prompt: list[Message], given: str, said: str, turns: TurnsSaid | None) -> str | list[Message]:
+        """The completion ``said`` of a prompt that was found in the text ``given``: its text, or several messages.
+
+        Raises UserError for headers of other turns if it is not known whether they are such, and for turns of which the
+        template makes another text.
+        """
+        if turns == "single":
+            return said
+        if turns == "several" and self._others is None:
+            raise UserError(f"the completion's turns cannot be told apart without their special tokens: {_FIX_SAID}")
+        found = list(self._others.finditer(said)) if self._others is not None else []
+        if not found:
+            return said
+        if turns is None:
+            raise UserError(
+                f"its completion has the header of another turn ({found[0].group()!r:.40}...), and the log does not "
+                "say whether the policy wrote what follows: say --option completions=several if a tool or the user "
+                "did, or completions=single if the policy did"
+            )
+        made, begins = list[Message](), 0
+        for match in found:
+            role = str(match.lastgroup)
+            made.append({"role": "assistant", "content": said[begins : match.start()]})
+            made.append({"role": role, "content": match[role]})
+            begins = match.end()
+        if _squeezed(self._stripped([*prompt, *made])) != _squeezed(given + said[:begins]):
+            raise UserError(
+                "the completion was logged without its special tokens, and the chat template makes no such text of "
+                f"turns of the assistant and of tools: {_FIX_SAID}"
+            )
+        if not said[begins:].strip():  # sampling ended before the policy could answer
+            return made[:-1]
+        return [*made, {"role": "assistant", "content": said[begins:]}]
+
+    @cached_property
+    def _others(self) -> re.Pattern[str] | None:
+        """The text from the end of a turn of the assistant to its next: another turn, in a group of its role.
+
+        The space before its header may be missing: it is where sampling stops before it. None if the template marks
+        turns by special tokens alone.
+        """
+        kinds = []
+        for role in ("tool", "user"):
+            for _, _, before, after in self._parts(("user", "assistant", role)):
+                header = before.lstrip()
+                if header.strip() and after.strip():
+                    space = re.escape(before[: len(before) - len(header)])
+                    kinds.append(f"(?:{space})?{re.escape(header)}(?P<{role}>.*?){re.escape(after)}")
+        return re.compile("|".join(kinds), re.DOTALL) if kinds else None
 
     def _read(self, text: str, frames: Sequence[Frame]) -> list[Message]:
         if not frames:

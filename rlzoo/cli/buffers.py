@@ -15,7 +15,13 @@ from rlzoo.cli import completion, options
 if TYPE_CHECKING:
     from rlzoo.training.uses import Use
 
-Saved = Annotated[str, Argument(metavar="BUFFER", help="Saved buffer: a folder, a .parquet or a .jsonl file.")]
+Saved = Annotated[
+    str,
+    Argument(
+        metavar="BUFFER",
+        help="Saved buffer: a folder, a .parquet or a .jsonl file, or NAMESPACE/NAME of one on the Hugging Face Hub.",
+    ),
+]
 
 
 def import_(
@@ -121,7 +127,7 @@ def rescore(
         options.running(
             metavar="PATH",
             help="Where the new buffer is saved: a new folder, or a .parquet or .jsonl file. Default: beside the old "
-            "one, with -rescored after its name.",
+            "one (or here, if that is on the Hub), with -rescored after its name.",
         ),
     ] = None,
 ) -> int:
@@ -132,6 +138,7 @@ def rescore(
     Examples:
       rlzoo rescore runs/buffer --reward math-answer --column answer=target
       rlzoo rescore samples.jsonl --reward mine.py:reward --out rescored.jsonl
+      rlzoo rescore alice/samples --reward math-answer
     """
     from rlzoo.cli.settings import prepare, rescore_settings
 
@@ -146,28 +153,28 @@ def rescore(
         from rlzoo.buffers import OfflineBuffer
         from rlzoo.buffers.bad_rows import BadRows
         from rlzoo.buffers.card import buffer_card
-        from rlzoo.buffers.storage import notes_of
-        from rlzoo.document.cards import metadata_of
+        from rlzoo.buffers.overview import turns_of
+        from rlzoo.buffers.storage import local_path, notes_of
         from rlzoo.reward.isolation import Limits, isolated
         from rlzoo.rollout import unscored
         from rlzoo.rollout.rescoring import rescored
 
-    scoring, source = settings.scoring, Path(settings.buffer)
+    scoring, source = settings.scoring, local_path(settings.buffer)
     limits = Limits(scoring.seconds, scoring.memory_gb)
     scored_by = isolated(settings.reward, limits, scoring.on_error, scoring.processes)
-    place = source.with_name(f"{source.stem}-rescored{source.suffix}") if out is None else out
+    place = _beside(settings.buffer) if out is None else out
     bad = BadRows(settings.bad_rows)
     silence()
     with run_in(place, "rescore", settings.model_dump(mode="json"), "whole") as run:
         if run.finished:
             print(f"already finished: {place}")
             return 0
-        old = OfflineBuffer.load(source, bad)
+        old = OfflineBuffer.load(settings.buffer, bad)
         new = rescored(old, scored_by, settings.columns)
         asked = settings.model_dump(mode="json")
         origin = {"rows": asked["buffer"], "reward": asked["reward"], "mean reward": _mean(new.numbers("reward"))}
-        above = metadata_of(asked["buffer"]).get("source_datasets") or ()
-        card = buffer_card(new, place.name, "Rows of a buffer, scored again by rlzoo.", origin, asked, above)
+        lead = "Rows of a buffer, scored again by rlzoo."
+        card = buffer_card(new, place.name, lead, origin, asked, [asked["buffer"]])
         new.write(place, {**notes_of(source), "rescored_with": asked["reward"]}, card)
     for line in bad.lines():
         print(line)
@@ -175,9 +182,18 @@ def rescore(
     changed = int(((before != after) & ~((before != before) & (after != after))).sum())
     told = [f"{len(new):,} rows scored with {scored_by.name}", f"{changed:,} rewards changed"]
     print(f"{', '.join(told)}: mean {_mean(after)}, was {_mean(before)}; saved to {place}")
+    if unknown := turns_of(old)["text"]:
+        print(f"{unknown:,} completions have masked tokens but not their messages: the reward got one turn of text")
     if without := unscored(zip(new.column("reward"), new.column("prompt"), strict=True)):
         print(without)
     return 0
+
+
+def _beside(buffer: str) -> Path:
+    """Where a rescored buffer is saved by default."""
+    path = Path(buffer)
+    kind = path.suffix if path.suffix in (".parquet", ".jsonl") else ""
+    return (path if path.exists() else Path(path.name)).with_name(f"{path.name.removesuffix(kind)}-rescored{kind}")
 
 
 def _mean(rewards: Any) -> str:
@@ -196,6 +212,7 @@ def buffer(
     Examples:
       rlzoo buffer show runs/buffer
       rlzoo buffer show samples.jsonl --json
+      rlzoo buffer show alice/samples
     """
     from dataclasses import asdict
 

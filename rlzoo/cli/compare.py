@@ -76,7 +76,7 @@ def compare(
       rlzoo compare paper/offline-rl --twin
       rlzoo compare arithmetic --push-to-hub alice/arithmetic
     """
-    from rlzoo.cli.settings import allow_remote_code, check_public, experiment_of
+    from rlzoo.cli.settings import allow_remote_code, check_public, check_validation, experiment_of
 
     if address is not None and executor != "ray":
         raise UserError("--address names a Ray cluster: add --executor ray")
@@ -89,6 +89,7 @@ def compare(
         limit=limit, train_limit=train_limit, test_limit=test_limit,
         rollout_samples=rollout_samples, samples=samples, k=k, twin=twin,
     )  # fmt: skip
+    check_validation(chosen, data)
     if dry_run:
         return _show_dry_run(chosen)
     from rich.console import Console

@@ -63,7 +63,13 @@ Data = Annotated[
     str | None,
     data(metavar="SOURCE", help="Training problems: a file, a folder of shards, a Hub ID, or world:NAME/SPLIT."),
 ]
-TestData = Annotated[str | None, data(metavar="SOURCE", help="Test problems to use in place of every benchmark's.")]
+TestData = Annotated[
+    str | None,
+    data(
+        metavar="SOURCE",
+        help="Test problems to use in place of every benchmark's. Benchmarks that are then equal become one.",
+    ),
+]
 Column = Annotated[
     list[str] | None,
     data(
@@ -120,7 +126,8 @@ BufferOut = Annotated[
     Path,
     running(
         metavar="PATH",
-        help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file.",
+        help="Where the buffer is saved: a new folder, that of the same run, or a .parquet or .jsonl file. A folder "
+        "has a card that says how it was made; a file is written alone.",
     ),
 ]
 PushToHub = Annotated[

@@ -57,7 +57,7 @@ def plan(
       rlzoo plan arithmetic --seeds 0,1,2,3 --pilot runs/arithmetic-20260101-120000
       rlzoo plan smollm2-gsm8k --gpu h100 --json
     """
-    from rlzoo.cli.settings import experiment_of, prepare
+    from rlzoo.cli.settings import check_validation, experiment_of, prepare
 
     chosen = experiment_of(
         experiment, sets,
@@ -65,6 +65,7 @@ def plan(
         model=model, data=data, test_data=test_data, columns=column, limit=limit, rollout_samples=rollout_samples,
         samples=samples, twin=twin,
     )  # fmt: skip
+    check_validation(chosen, data)
     from rich.console import Console
 
     from rlzoo.cli.tables import show

@@ -1,6 +1,6 @@
 """The part of ``rlzoo doctor`` that needs torch: `python -m rlzoo.cli.self_test` prints its checks, one JSON per line.
 
-A line ``{"doing": NAME}`` comes before what may take long, or end the process.
+A line ``{"doing": {"section": …, "name": …, "needed": …}}`` comes before what may take long, or end the process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from importlib.metadata import requires
 from pathlib import Path
@@ -24,6 +25,7 @@ from rlzoo.registry import one_line
 Said = Callable[[str], None]
 """Called with the name of what comes next."""
 
+OPTIONAL = "Optional packages"
 EXTRAS = {
     "inspect": "tasks of inspect as benchmarks",
     "lora": "LoRA adapters (training.lora)",
@@ -48,31 +50,40 @@ def main(quick: bool) -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
 
-    def say(name: str) -> None:
-        print(json.dumps({"doing": name}), file=out)
+    def say(name: str, section: str = "Backends", needed: bool = True) -> None:
+        print(json.dumps({"doing": {"section": section, "name": name, "needed": needed}}), file=out)
 
-    say("torch")
-    for check in backends(say, quick):
+    for check in checks(say, quick):
         print(json.dumps(asdict(check)), file=out)
-    if not quick:
-        with tempfile.TemporaryDirectory() as folder:
-            for check in SelfTest(Path(folder)).checks(say):
-                print(json.dumps(asdict(check)), file=out)
     out.close()
 
 
-def backends(say: Said, quick: bool = False) -> Iterator[Diagnosis]:
-    """What computes: the CPU, GPUs, and optional packages, which are imported unless this is to be ``quick``."""
+def checks(say: Callable[..., None], quick: bool) -> Iterator[Diagnosis]:
+    """What rlzoo needs, then the optional packages: one whose import hangs or crashes takes nothing else with it."""
+    say("torch")
+    yield from backends(say)
+    if not quick:
+        with tempfile.TemporaryDirectory() as folder:
+            yield from SelfTest(Path(folder)).checks(partial(say, section="Self-test"))
+    yield from optional(partial(say, section=OPTIONAL, needed=False), quick)
+
+
+def backends(say: Said) -> Iterator[Diagnosis]:
+    """What computes: the CPU and GPUs."""
     import torch
 
     features = torch.backends.cpu.get_cpu_capability()
     told = f"torch {torch.__version__}, {features}, threads: {torch.get_num_threads()}"
     yield Diagnosis("Backends", "CPU", True, told)
     yield from gpus(say)
+
+
+def optional(say: Said, quick: bool = False) -> Iterator[Diagnosis]:
+    """The optional packages, which are imported unless this is to be ``quick``."""
     for name, purpose, range_, how in _optional():
-        check = in_range("Backends", name, range_, needed=False, purpose=purpose)
+        check = in_range(OPTIONAL, name, range_, needed=False, purpose=purpose)
         if check.found.startswith("not installed"):
-            yield Diagnosis("Backends", name, None, check.found, how, needed=False)
+            yield Diagnosis(OPTIONAL, name, None, check.found, how, needed=False)
         elif check.ok and not quick:
             say(name)
             yield _imported(check, MODULES.get(name, name))

@@ -127,9 +127,7 @@ def experiment_of(
         raise UserError("--column says what the columns of --data and --test-data are: give one of these with it")
     if columns and given.get("data") is not None:
         changes |= {f"train.{key}": value for key, value in _renamed(columns, plain.train).items()}
-    tests = _tests(
-        plain, other, test_data, given.get("limit") if test_limit is None else test_limit, columns if test_data else ()
-    )
+    tests = _tests(plain, other, test_data, given.get("limit") if test_limit is None else test_limit, columns)
     grid = _grid(plain, other, algorithms, learning_rates, seeds, {"steps", "batch_size"} & set(given))
     return load_experiment(name, {**changes, **other, **tests, **grid}, twin)
 
@@ -184,21 +182,39 @@ def _sections(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydan
 def _tests(
     plain: Experiment, other: Mapping[str, Any], source: str | None, limit: Any, columns: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The benchmarks, retention and validation sets as options change them; ``other`` (--set) takes precedence."""
+    """The benchmarks, retention and validation sets as options change them; ``other`` (--set) takes precedence.
+
+    ``columns`` are those of the data that options name: ``source``, and a source of validation problems in ``other``.
+    """
 
     def changed(place: str, problems: ProblemSource, **over: Any) -> dict[str, Any]:
         asked = {key: value for key, value in over.items() if value is not None and f"{place}.{key}" not in other}
         return problems.model_dump() | asked
 
+    def renamed(given: str | None, problems: ProblemSource) -> dict[str, Any]:
+        return {} if given is None else _renamed(columns, problems)
+
     benchmarks = {
-        name: changed(f"benchmarks.{name}", problems, source=source, limit=limit, **_renamed(columns, problems))
+        name: changed(f"benchmarks.{name}", problems, source=source, limit=limit, **renamed(source, problems))
         for name, problems in plain.benchmarks.items()
     }
     retention = {
         name: changed(f"retention.{name}", problems, limit=limit) for name, problems in plain.retention.items()
     }
-    validation = plain.validation and changed("validation", plain.validation, limit=limit)
-    return {"benchmarks": benchmarks, "retention": retention, "validation": validation}
+    own = other.get("validation.source")
+    validation = plain.validation and changed(
+        "validation", plain.validation, limit=limit, **renamed(own, plain.validation)
+    )
+    return {"benchmarks": _distinct(benchmarks), "retention": retention, "validation": validation}
+
+
+def _distinct(sets: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Problem sets less those that equal an earlier one, having differed from it in what --test-data replaces."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, one in sets.items():
+        if one not in found.values():
+            found[name] = one
+    return found
 
 
 def _renamed(columns: Sequence[str] | None, problems: ProblemSource) -> dict[str, Any]:
@@ -285,6 +301,19 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{option} {text!r}: the value is not valid YAML") from None
     return found
+
+
+def check_validation(experiment: Experiment, data: str | None) -> None:
+    """Raise UserError if learning rates would be chosen on a built-in task, while --data has replaced its problems."""
+    from rlzoo.worlds import WORLD_PREFIX
+
+    chosen_on = experiment.validation.source if experiment.validation is not None else ""
+    is_chosen = any(len(row.learning_rates) > 1 for row in experiment.algorithms.values())
+    if data is not None and is_chosen and not data.startswith(WORLD_PREFIX) and chosen_on.startswith(WORLD_PREFIX):
+        raise UserError(
+            f"learning rates would be chosen on {chosen_on} and not on problems of yours: give some, with --set "
+            "validation.source=FILE"
+        )
 
 
 def check_public(public: bool, push_to_hub: str | None) -> None:

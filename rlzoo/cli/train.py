@@ -30,7 +30,11 @@ def train(
     ] = None,
     buffer: Annotated[
         str,
-        options.data(metavar="BUFFER", help="Saved buffer (see rlzoo rollout), or a table in one of TRL's formats."),
+        options.data(
+            metavar="BUFFER",
+            help="Saved buffer (see rlzoo rollout), or a table in one of TRL's formats: a file, a folder, or "
+            "NAMESPACE/NAME on the Hugging Face Hub.",
+        ),
     ],
     model: options.Model = "embedded",
     split: Annotated[str | None, options.data(metavar="NAME", help="Split of the table, if it has several.")] = None,
@@ -61,6 +65,7 @@ def train(
     Examples:
       rlzoo train rft --buffer runs/buffer --steps 50 --out runs/rft
       rlzoo train dpo --buffer pairs.jsonl --option beta=0.2 --out runs/dpo
+      rlzoo train rft --buffer alice/samples --out runs/rft
       rlzoo train sft --buffer pairs.jsonl --set training.lora={} --out runs/sft
       rlzoo train dft --buffer pairs.jsonl --out runs/dft --push-to-hub alice/dft
     """
@@ -96,9 +101,9 @@ def train(
         from rlzoo.buffers.bad_rows import BadRows, dropped_line
         from rlzoo.objective import get_objective
         from rlzoo.policy.defaults import resolved
-        from rlzoo.policy.loading import load_for, save_policy
+        from rlzoo.policy.loading import ADAPTER, load_for, save_policy
         from rlzoo.training import train
-        from rlzoo.training.card import Trained, model_card
+        from rlzoo.training.card import Trained, adapter_card, model_card
         from rlzoo.training.trackers import LOGS
 
     check_public(public, push_to_hub)
@@ -151,6 +156,8 @@ def train(
             write_atomically(out / "training.json", json.dumps(summary, indent=1))
             left_out = dropped_line(bad.summary())
             made = Trained(logs.name, what, settings.model, table.source, rows, record, asked, how, left_out)
+            if training.lora is not None:
+                write_atomically(out / ADAPTER / CARD, adapter_card(made))
             write_atomically(out / CARD, model_card(made))
             for event in record.events:
                 print(event)

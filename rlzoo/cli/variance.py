@@ -58,7 +58,8 @@ def variance(
         str | None,
         options.data(
             metavar="BUFFER",
-            help="Saved buffer (see rlzoo rollout) or table to measure on, in place of the experiment's data.",
+            help="Saved buffer (see rlzoo rollout) or table to measure on, in place of the experiment's data: a file, "
+            "a folder, or NAMESPACE/NAME on the Hugging Face Hub.",
         ),
     ] = None,
     bad_rows: options.BadRows = None,

@@ -207,8 +207,9 @@ def _run(
         raise UserError(f"no cell succeeded; the first failed with: {failed[0]['error']}")
     outcomes = base.pop("outcomes") + [row for done in reported for row in done.pop("outcomes")]
     facts = {name: {key: found[key] for key in BUFFER_FACTS} for name, found in buffers.items()}
+    lead = f"The rows that the cells of the comparison {asked.name} learn from, made by rlzoo."
     for name, seed in sampling_seeds(asked).items():
-        shared_buffer.write_card(asked, folder / name, seed, buffers[name])
+        shared_buffer.write_card(asked, folder / name, seed, buffers[name], lead)
     if without := unscored((row["reward"], row["prompt"]) for row in outcomes if row["decoding"] != BASE_TEXT):
         say(console, f"  evaluation: {without}; they count as wrong", style="yellow")
     overall = _over_benchmarks(base, reported) if len(experiment.benchmarks) > 1 else {}

@@ -147,10 +147,12 @@ def flops_of_sampling(policy: Policy, samples: Sequence[Trajectory]) -> float:
     return 2 * policy.flops(sum(map(length, samples)), sum(map(learned_tokens, samples)))
 
 
-def write_card(experiment: Experiment, folder: Path, seed: int, shared: Mapping[str, Any]) -> None:
-    """Write the card of a shared buffer into its folder; ``experiment`` is as the user gave it, with its warm-up."""
+def write_card(experiment: Experiment, folder: Path, seed: int, shared: Mapping[str, Any], lead: str) -> None:
+    """Write the card of a shared buffer into its folder, where ``lead`` says in a sentence what it is.
+
+    ``experiment`` is as the user gave it, with its warm-up.
+    """
     if is_main():
-        lead = f"The rows that the cells of the comparison {experiment.name} learn from, made by rlzoo."
         flops = shared["sampling_flops"] + sum(shared["input_flops"].values())
         name, buffer = f"{experiment.name}, {folder.name}", OfflineBuffer.load(folder)
         card = card_of(experiment, buffer, name, lead, seed, shared["sampled_tokens"], flops)

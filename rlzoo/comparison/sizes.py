@@ -66,7 +66,8 @@ def lengths_of(experiment: Experiment, model: Policy, sample: float | None) -> L
     if found is None:
         prompt, shown = float(PROMPT), float(SOLUTION)
         shown = 0.0 if experiment.train.solution is None else min(shown, experiment.evaluation.max_new_tokens)
-        told = f"{prompt:.0f} tokens per prompt and {shown:.0f} per solution, because the data is not on this machine"
+        why = "because the data or the model's tokenizer is not on this machine"
+        told = f"{prompt:.0f} tokens per prompt and {shown:.0f} per solution, {why}"
     else:
         bad = BadRows(experiment.train.bad_rows)
         encoded = encode_problems(model.tokenizer, found, bad)

@@ -101,7 +101,7 @@ class TableSource(Strict):
     """A table of demonstrations, preferences or graded samples, or a saved buffer."""
 
     source: str
-    """A file, a folder of shards, a pattern, a saved data set, a Hub id, or a saved buffer."""
+    """A file, a folder of shards, a pattern, a saved data set, a Hub id, or a saved buffer, here or on the Hub."""
     split: str | None = None
     """The split, where there are several; also a slice of one, such as ``train[:1000]``."""
     columns: Mapping[str, str | list[str] | None] = {}

@@ -26,16 +26,18 @@ def validated(model: type[M], data: Any, where: str) -> M:
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo may leave another out
         *parents, last = [str(part) for part in first["loc"]] or [""]
         if first["type"] == "extra_forbidden":
             owner = _owner(model, first["loc"][:-1])
             inside = f"setting of {'.'.join(parents)}" if parents else "setting"
             raise unknown(f"{inside} in {where}", last, owner.model_fields if owner else []) from None
+        field = ".".join([*parents, last])
+        if first["type"] == "missing":
+            raise UserError(f"{where}: {field} is missing: give it, as it has no default") from None
         reason = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] in ("missing", "value_error") else f" = {first['input']!r:.60}"
-        field = f"{'.'.join([*parents, last])}{given}: " if last else ""
-        raise UserError(f"{where}: {field}{reason}") from None
+        given = "" if first["type"] == "value_error" else f" = {first['input']!r:.60}"
+        raise UserError(f"{where}: {field}{given}: {reason}" if last else f"{where}: {reason}") from None
 
 
 def named_null(value: Any) -> Any:

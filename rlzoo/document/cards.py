@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import CardData, metadata_load, try_to_load_from_cache
@@ -24,18 +24,27 @@ def card(metadata: CardData, blocks: Iterable[Block]) -> str:
     return f"---\n{metadata.to_yaml()}\n---\n\n{render_markdown(blocks)}"
 
 
-def metadata_of(source: str) -> Mapping[str, Any]:
-    """The metadata in the card of a local folder, or of a model on the Hub as far as it is cached; none without one."""
+def metadata_of(source: str, kind: Literal["model", "dataset"] = "model") -> Mapping[str, Any]:
+    """The metadata in the card of a local folder, or of a repository on the Hub as far as it is cached; none without
+    one."""
     if (folder := Path(source).expanduser()).is_dir():
         file: Any = folder / CARD
     else:
-        file = None if (name := hub_id(source)) is None else try_to_load_from_cache(name, CARD)
+        file = None if (name := hub_id(source)) is None else try_to_load_from_cache(name, CARD, repo_type=kind)
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return {}
     try:
         return metadata_load(file) or {}
     except (OSError, ValueError, yaml.YAMLError):  # a card that somebody has written
         return {}
+
+
+def data_sets_of(source: str) -> list[str]:
+    """The data sets on the Hub that a source of data comes from: itself, or else those that its card names."""
+    if (name := hub_id(source)) is not None:
+        return [name]
+    above = metadata_of(source, "dataset").get("source_datasets") or ()
+    return [above] if isinstance(above, str) else list(above)
 
 
 def configuration_hash(configuration: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from rlzoo.buffers import Buffer
 from rlzoo.config import TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.integrations.frozen import causal_lm
+from rlzoo.jobs.ranks import is_sharded
 from rlzoo.objective import Objective
 from rlzoo.policy import Policy
 from rlzoo.types import WhichView
@@ -30,9 +31,10 @@ class VarianceCallback(TrainerCallback):  # type: ignore[misc]
     ``variance/OBJECTIVE/NUMBER``: ``trace_cov`` tr Σ, ``grad_norm_sq`` ‖G‖², ``snr`` their ratio, with the ends of
     their 95 % intervals (``/ci_low``, ``/ci_high``) where they exist. ``records`` keeps them all. The model's
     gradients, mode, attention function and random numbers are as before. The trainer need not train any of the
-    objectives.
+    objectives. Of several processes, all measure the same rows and have the same ``records``; the main one logs.
 
-    Raises UserError for ``every`` below 1, and before training for a buffer that lacks log-probs of a frozen reference.
+    Raises UserError for ``every`` below 1, for weights that are split over processes, and before training for a buffer
+    that lacks log-probs of a frozen reference.
     """
 
     def __init__(
@@ -52,6 +54,11 @@ class VarianceCallback(TrainerCallback):  # type: ignore[misc]
         self.probe = VarianceProbe(buffer, every, rows, seed, token_budget, learns_from)
         self.records: list[dict[str, Any]] = []
         self.probe.check(*self.objectives.values())
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_sharded(trainer.model):
+            raise UserError(
+                "VarianceCallback needs whole weights in each process, which FSDP, DeepSpeed and tensor parallelism "
+                "do not leave: save checkpoints, and measure them with rlzoo variance --buffer BUFFER --model FOLDER"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Measure if the step is due."""

@@ -1,17 +1,18 @@
-"""Pushing a finished run to the Hugging Face Hub, in a repository that is made before the run spends anything."""
+"""The Hugging Face Hub: pushing a finished run, to a repository made before the run starts; data sets from there."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlzoo.errors import UserError
+from rlzoo.errors import UnreachableError, UserError
 from rlzoo.jobs.ranks import by_main
-from rlzoo.jobs.sharing import CARD
+from rlzoo.jobs.sharing import CARD, FOLDER, hub_id
 
 _MADE_WITH_A_REPOSITORY = {".gitattributes"}
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access"
@@ -52,8 +53,9 @@ def pushed(name: str | None, kind: Kind, private: bool, folder: Path, files: Fil
 
     ``files`` is called with the folder once it is complete. Without a ``name``, nothing happens. All processes must
     enter this. A repository that exists and is as private as was asked is used if it is empty; if it holds the card of
-    ``folder`` already, nothing is pushed. Raises UserError for a malformed or taken name, without a token that may
-    write there, and if the Hub cannot be reached; at the end, it says which command tries again.
+    ``folder`` already, nothing is pushed. The commands in a pushed card have the repository's name. Raises UserError
+    for a malformed or taken name, without a token that may write there, and if the Hub cannot be reached; at the end,
+    it says which command tries again.
     """
     repository = None if name is None else by_main(lambda: _reserved(name, kind, private, folder))
     yield (push := Push())
@@ -62,7 +64,31 @@ def pushed(name: str | None, kind: Kind, private: bool, folder: Path, files: Fil
     if repository.is_filled:
         print(f"already on the Hub: {repository.url}")
     else:
-        _push(repository, folder, files(folder))
+        _push(repository, folder, {**files(folder), CARD: _card(folder, repository.name)})
+
+
+def local_copy(name: str, mark: str) -> Path | None:
+    """The folder of a data set on the Hub that has the file ``mark``, in the cache of the Hub's client.
+
+    It is downloaded unless its newest version is in the cache; without a connection, the version that is there is used.
+    None for a name that is not NAMESPACE/NAME, and for a data set that has no such file or cannot be reached. Raises
+    UserError if the rest of it cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if "/" not in name or hub_id(name) != name:
+        return None
+    try:
+        marked = Path(hf_hub_download(name, mark, repo_type="dataset"))
+    except Exception:  # of many kinds; the caller finds out why when it looks for anything else of that name
+        return None
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", revision=marked.parent.name))
+    except Exception as error:  # the client's libraries for connections raise many kinds
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UnreachableError(
+            f"{name} cannot be downloaded from the Hub ({reason:.160}): check connection and disk, and try again"
+        ) from None
 
 
 def _push(repository: Repository, folder: Path, files: Mapping[str, Path | bytes]) -> None:
@@ -110,7 +136,7 @@ def _reserved(name: str, kind: Kind, private: bool, folder: Path) -> Repository:
         info: Any = api.repo_info(name, repo_type=kind, files_metadata=True)
     files = {file.rfilename: file.blob_id for file in info.siblings or ()}
     there = {name: blob for name, blob in files.items() if name not in _MADE_WITH_A_REPOSITORY}
-    if there and there.get(CARD) != _blob_id(folder / CARD):
+    if there and not ((folder / CARD).is_file() and there.get(CARD) == _blob_id(_card(folder, name))):
         raise UserError(
             f"{_OPTION} {name!r}: that {kind} exists and holds other files: give another name, or delete it first"
         )
@@ -120,11 +146,14 @@ def _reserved(name: str, kind: Kind, private: bool, folder: Path) -> Repository:
     return Repository(name, kind, is_filled=bool(there))
 
 
-def _blob_id(file: Path) -> str | None:
-    """The name that git gives to a file's content; None if there is no such file."""
-    if not file.is_file():
-        return None
-    content = file.read_bytes()
+def _card(folder: Path, name: str) -> bytes:
+    """The card of a folder as it is in the repository ``name``."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    return re.sub(rf"\b{FOLDER}\b", lambda _: name, text).encode()
+
+
+def _blob_id(content: bytes) -> str:
+    """The name that git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 

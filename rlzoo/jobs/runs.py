@@ -62,16 +62,17 @@ def run_in(
     """Lock ``path`` for the results of ``command`` with these settings (plain data).
 
     ``kind`` is "folder" for files in a folder, and "whole" for a single file or folder that is written at the end. An
-    unfinished run with the same settings is resumed; for a finished one, ``finished`` is true. If the work fails before
-    anything is stored under ``state``, or early and because of a mistake, nothing is left behind; otherwise a note on
-    the exception says how to resume. Raises UserError if the path holds anything else, is in use, or cannot be written.
+    unfinished run with the same settings is resumed; for a finished folder, ``finished`` is true. If the work fails
+    before anything is stored under ``state``, or early and because of a mistake, nothing is left behind; otherwise a
+    note on the exception says how to resume. Raises UserError if the path holds anything else, is in use, or cannot be
+    written.
     """
     if not is_main():
         yield agreed(Run(path, path))
         return
     state = path / STATE if kind == "folder" else path.parent / f".{path.name}{STATE}"
     identity = _identity(command, settings, path)
-    if kind == "folder" and (record := _read(path / RECORD)) is not None:
+    if (record := _read(path / RECORD)) is not None:
         _check_same(path, record, identity, "finished")
         remove(state)  # the process may have been killed while removing it
         yield agreed(Run(path, state, finished=True))
@@ -94,7 +95,7 @@ def run_in(
             yield run
             if run.to_be_continued:
                 return
-            if kind == "folder":
+            if path.is_dir():
                 finished = {**identity, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
                 write_atomically(path / RECORD, json.dumps(finished, indent=1))
             remove(state)

@@ -13,6 +13,8 @@ from rlzoo.jobs.sources import is_pattern, kind_of_file
 
 CARD = "README.md"
 """The file of a folder's card."""
+FOLDER = "FOLDER"
+"""What stands for the folder in the commands that its card shows; on the Hub, the repository's name does."""
 HIDDEN = "(hidden)"
 COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 """The ``rlzoo`` command that this process runs, for others to see; None: there is none, as in a user's own program."""

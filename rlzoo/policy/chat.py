@@ -123,7 +123,7 @@ def _render(
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "the tokenizer has no chat template for a conversation: "
-            "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text"
+            "use a chat model, give a template (training.chat_template; in Python, the tokenizer's), or plain text"
         )
     how = {**options, "add_generation_prompt": generation_prompt, "tokenize": False}
     text: str = _applied(tokenizer, conversation, parts, how)

@@ -45,6 +45,8 @@ class Encoded:
     """What was changed in encoding → an example."""
     mask: list[bool] | None = None
     """Which tokens of the completion are learned from; None: all."""
+    messages: list[Message] | None = None
+    """The messages of the completion, as in `Trajectory.completion_messages`."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,10 @@ def encode(
     which the assistant's, or those with the indices ``learned``, are learned from (`rlzoo.policy.turns`).
 
     A completion that is cut is marked as truncated, and its text is decoded from the remaining tokens, as is that of
-    several turns. The end of sequence is among the tokens but not in the text. Raises UserError as `encode_prompt` and
-    `several_turns` do, if the prompt leaves no room for a completion, if nothing to learn from is left of it, and with
-    ``special="reject"`` for text that spells a special token (see `spelled`).
+    several turns; it has no messages, as those of the remaining tokens are not known. The end of sequence is among the
+    tokens but not in the text. Raises UserError as `encode_prompt` and `several_turns` do, if the prompt leaves no room
+    for a completion, if nothing to learn from is left of it, and with ``special="reject"`` for text that spells a
+    special token (see `spelled`).
     """
     steps = encode_steps(tokenizer, prompt, completion, max_length, max_completion_tokens, special, options, learned)
     return _alone(tokenizer, steps)
@@ -157,6 +160,7 @@ def encode_steps(
 ) -> Steps[Encoded]:
     """`encode` as a generator for `encode_batch`."""
     mask: list[bool] | None = None
+    more: list[Message] | None = None
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise UserError("the prompt is plain text and the completion a conversation: use the same form for both")
@@ -182,16 +186,18 @@ def encode_steps(
             own = [place for place, one in enumerate(turns) if one["role"] == "assistant"]
             made = yield from several_turns(tokenizer, conversation, turns, learned or own, options or {})
             said = answer["content"] if len(turns) == 1 else _said(tokenizer, made.ids[: made.end])
+            turns = turns[: (learned or own)[-1] + 1]
         else:
             made = yield from one_turn(tokenizer, conversation, answer, options or {})
             said = answer["content"]
         text, key, left_out, mask = made.prompt, prompt_key(made.prompt), made.left_out, made.mask
         prompt_ids, ids, end = made.prompt_ids, made.ids, made.end
         text = tokenizer.decode(prompt_ids) if left_out else text
+        more = more_than_text(turns)
     if special == "reject":
         _reject(found)
     notes = {kind: told for kind, told in ((SPELLED, found), (LEFT_OUT, left_out and repr(left_out))) if told}
-    whole = Encoded(text, said, prompt_ids, ids, False, key, notes, mask)
+    whole = Encoded(text, said, prompt_ids, ids, False, key, notes, mask, more)
     return _fitted(tokenizer, whole, end, max_length, max_completion_tokens)
 
 
@@ -231,7 +237,16 @@ def _fitted(
     cut = {CUT: f"{room} of {end} tokens are kept"} if truncated else {}
     kept = None if mask is None or all(mask[:room]) else mask[:room]
     notes = {**whole.notes, **cut}
-    return replace(whole, completion=said, completion_ids=ids[:room], truncated=truncated, notes=notes, mask=kept)
+    messages = None if truncated else whole.messages
+    return replace(
+        whole, completion=said, completion_ids=ids[:room], truncated=truncated, notes=notes, mask=kept,
+        messages=messages,
+    )  # fmt: skip
+
+
+def more_than_text(turns: list[Message]) -> list[Message] | None:
+    """The messages of a completion; None for a single turn of the assistant with its text alone."""
+    return None if len(turns) == 1 and turns[0].keys() == {"role", "content"} else turns
 
 
 def _said(tokenizer: Any, ids: list[int]) -> str:

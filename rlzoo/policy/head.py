@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from rlzoo.advantages import running_sum
 from rlzoo.inputs import Input
 from rlzoo.policy import compiled as compiling
-from rlzoo.types import running_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED = "embedded"
+ADAPTER = "adapter"
+"""The folder within that of a saved policy that has its adapter by itself."""
 REMOTE_CODE = "RLZOO_TRUST_REMOTE_CODE"
 """Set by the command-line flag, for this process and its children. A file cannot set it."""
 FIX = "give 'embedded', a folder that save_pretrained wrote, or a Hub id that this machine can reach"
@@ -238,7 +240,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     """Write a folder for ``from_pretrained``: safetensors, configuration and tokenizer, without a critic.
 
     An adapter is merged into the weights, which are dequantised if they were in 4 bits, and also written by itself to
-    the folder ``adapter``. All processes must call this; the main one writes.
+    the folder `ADAPTER`. All processes must call this; the main one writes.
     """
     weights = sharding.whole_weights(policy.model, everywhere=False)
     if rank() == 0:
@@ -246,4 +248,4 @@ def save_policy(policy: Policy, folder: Path) -> None:
             policy.model.save_pretrained(folder, state_dict=merged(policy.model, weights))
         policy.tokenizer.save_pretrained(folder)
         if adapters(policy.model):
-            save_adapter(policy.model, weights, folder / "adapter", policy.name)
+            save_adapter(policy.model, weights, folder / ADAPTER, policy.name)

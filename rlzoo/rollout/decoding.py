@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from rlzoo.advantages import running_sum
 from rlzoo.config import Sampling
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import is_out_of_memory, on_device, pins
@@ -22,7 +23,6 @@ from rlzoo.policy import Policy
 from rlzoo.policy.head import computing_in
 from rlzoo.policy.packing import HALF
 from rlzoo.rollout.static_decoding import PATIENCE, StaticBatch, run
-from rlzoo.types import running_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

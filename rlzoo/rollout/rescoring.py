@@ -96,6 +96,9 @@ def _answered(buffer: Buffer, places: Sequence[int], columns: Columns) -> list[t
         except UserError as error:
             raise UserError(f"row {place + 1} of the buffer: {error}") from None
         problem = Problem(row.prompt_id, row.messages or row.prompt, known)
-        sample = Sample(row.completion_ids, row.completion, row.truncated)
+        sample = Sample(
+            row.completion_ids, row.completion, row.truncated, mask=row.completion_mask,
+            messages=row.completion_messages,
+        )  # fmt: skip
         answered.append((EncodedProblem(problem, row.prompt, row.prompt_ids), sample))
     return answered

@@ -73,6 +73,7 @@ def collect_rollouts(
             policy_version=version,
             truncated=sample.truncated,
             completion_mask=sample.mask,
+            completion_messages=sample.messages,
             temperature=settings.temperature,
             top_p=settings.top_p,
         )

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCardData
 
 from rlzoo.buffers import Buffer, overview
 from rlzoo.buffers.overview import described
-from rlzoo.document import Block, Entry, Heading, Paragraph, Table
-from rlzoo.document.cards import TAG, card, facts, how_it_was_made, metadata_of
+from rlzoo.document import Block, Code, Entry, Heading, Paragraph, Table
+from rlzoo.document.cards import TAG, card, data_sets_of, facts, how_it_was_made, metadata_of
 from rlzoo.document.estimates import number
-from rlzoo.jobs.sharing import hub_id, public
+from rlzoo.jobs.sharing import FOLDER, hub_id, public
 from rlzoo.objective import Objective, is_composite, summary_of
 from rlzoo.policy.loading import EMBEDDED
 from rlzoo.training.record import TrainingRecord
@@ -61,6 +61,13 @@ def model_card(trained: Trained) -> str:
     return card(_metadata(trained), _blocks(trained))
 
 
+def adapter_card(trained: Trained) -> str:
+    """The card of the adapter alone, which `save_policy` writes beside the merged weights."""
+    metadata = _metadata(trained)
+    metadata.library_name, metadata.tags = "peft", [*(metadata.tags or ()), "lora"]
+    return card(metadata, _adapter_blocks(trained))
+
+
 def objective_table(objectives: Mapping[str, Objective]) -> Table:
     """Names of rows and their objectives: coefficient, options that differ from the defaults, and paper."""
     rows = []
@@ -92,13 +99,13 @@ def paper(objective: Objective) -> str:
 
 def _metadata(trained: Trained) -> ModelCardData:
     """The metadata: what is not known for certain, such as the license of a base without a card, is left out."""
-    base, data = metadata_of(trained.model), metadata_of(trained.source)
+    base = metadata_of(trained.model)
     embedded = trained.model == EMBEDDED
     above = base.get("base_model") if Path(trained.model).expanduser().is_dir() else hub_id(trained.model)
     names = [one.objective.name for one in trained.objective.components]
     return ModelCardData(
         base_model=None if embedded else above,
-        datasets=hub_id(trained.source) or data.get("source_datasets"),
+        datasets=data_sets_of(trained.source) or None,
         library_name="transformers",
         license="apache-2.0" if embedded else base.get("license"),
         license_name=base.get("license_name"),
@@ -109,12 +116,48 @@ def _metadata(trained: Trained) -> ModelCardData:
 
 
 def _blocks(trained: Trained) -> Iterator[Block]:
-    objective, record = trained.objective, trained.record
-    full, coefficient = summary_of(type(objective))
     model = "the embedded base of rlzoo" if trained.model == EMBEDDED else str(public(trained.model))
     source = str(public(trained.source))
     yield Heading(trained.name, level=1)
-    yield Paragraph(f"{model[0].upper()}{model[1:]}, fine-tuned with {objective.name} on {source} by rlzoo.")
+    yield Paragraph(f"{model[0].upper()}{model[1:]}, fine-tuned with {trained.objective.name} on {source} by rlzoo.")
+    yield from _training_blocks(trained)
+    if trained.configuration["training"]["lora"]:
+        yield Paragraph(
+            "The weights include the adapter, which is also saved by itself, in the folder adapter, for peft."
+        )
+    yield Heading("Results")
+    yield Paragraph(
+        "This training measured no results. rlzoo compare trains this objective beside others from one base and one "
+        f"buffer, and reports results with 95 % intervals; rlzoo evaluate --model {FOLDER} evaluates this model alone."
+    )
+    yield from how_it_was_made(trained.configuration)
+
+
+def _adapter_blocks(trained: Trained) -> Iterator[Block]:
+    base = str(public(trained.model))
+    yield Heading(f"{trained.name}, adapter", level=1)
+    yield Paragraph(
+        f"The low-rank adapter of {trained.name}, trained with {trained.objective.name} on "
+        f"{public(trained.source)} by rlzoo, for the same base model:"
+    )
+    yield Code(
+        "from peft import PeftModel\nfrom rlzoo import load_policy\n\n"
+        f'model = PeftModel.from_pretrained(load_policy("{base}").model, "{FOLDER}")',
+        "python",
+    )
+    yield Paragraph(
+        "The folder above has the whole model, with this adapter merged into its weights. In a repository on the Hub, "
+        'give its name in place of the folder, and subfolder="adapter".'
+    )
+    yield from _training_blocks(trained)
+    yield from how_it_was_made(trained.configuration)
+
+
+def _training_blocks(trained: Trained) -> Iterator[Block]:
+    """What is the same for a model and its adapter: objective, data, training and costs."""
+    objective, record = trained.objective, trained.record
+    full, coefficient = summary_of(type(objective))
+    source = str(public(trained.source))
     yield Heading("Objective")
     yield facts({"objective": objective.name, "full name": full, "coefficient": coefficient, "paper": paper(objective)})
     yield Paragraph(
@@ -141,16 +184,6 @@ def _blocks(trained: Trained) -> Iterator[Block]:
     yield Heading("Costs")
     costs = record.costs.as_dict()
     yield facts({label: f"{_exact(costs[name])}{unit}" for name, (label, unit) in COSTS.items()})
-    if trained.configuration["training"]["lora"]:
-        yield Paragraph(
-            "The weights include the adapter, which is also saved by itself, in the folder adapter, for peft."
-        )
-    yield Heading("Results")
-    yield Paragraph(
-        "This training measured no results. rlzoo compare trains this objective beside others from one base and one "
-        "buffer, and reports results with 95 % intervals; rlzoo evaluate --model FOLDER evaluates this model alone."
-    )
-    yield from how_it_was_made(trained.configuration)
 
 
 def _exact(value: float) -> str:

@@ -5,9 +5,11 @@ A folder ``RUN/logs/NAME`` is the run NAME of the group RUN, so that all cells o
 
 from __future__ import annotations
 
+import json
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ PROJECT = "rlzoo"
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 LOGS = "logs"
 """The folder of a run in which trackers write, each training in a folder of its own."""
-_ID = "tracked-as"
-"""The file with the identity of a run, by which wandb and trackio find it again."""
+_RUN = "tracked-as.json"
+"""The file with the identity of a run, by which wandb and trackio find it again, and its configuration."""
 Log = Callable[[Mapping[str, float], int], None]
 """Sends metrics of a step to all trackers."""
 
@@ -66,14 +68,16 @@ def tracked(
     if not settings.trackers:
         yield untracked
         return
-    identity, is_new = agreed(_identity(folder) if is_main() else ("", True))
-    configuration = _flat({**(about or {}), **settings.model_dump(mode="json")}) if is_new else None
-    accelerator.init_trackers(PROJECT, configuration, _named(folder, identity))
+    new = {"id": secrets.token_hex(4), "configuration": _flat({**(about or {}), **settings.model_dump(mode="json")})}
+    run, is_new = agreed(_begun(folder, new) if is_main() else (new, True))
+    with redirect_stdout(sys.stderr):  # trackio prints, and standard output is for results
+        accelerator.init_trackers(PROJECT, run["configuration"] if is_new else None, _named(folder, run))
     try:
         yield lambda metrics, step: accelerator.log(dict(metrics), step)
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 def log_results(device: torch.device, settings: Training, folder: Path, steps: int, results: Mapping[str, Any]) -> None:
@@ -87,25 +91,33 @@ def log_results(device: torch.device, settings: Training, folder: Path, steps: i
             log(dict(_numbers(results)), steps + 1)
 
 
-def _identity(folder: Path | None) -> tuple[str, bool]:
-    """The identity of the run that a folder has begun, and whether it begins now."""
-    file = None if folder is None else folder / _ID
+def _begun(folder: Path | None, new: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The run that a folder has begun, else the ``new`` one, and whether it begins now."""
+    file = None if folder is None else folder / _RUN
     if file is not None and file.is_file():
-        return file.read_text(encoding="utf-8"), False
-    identity = secrets.token_hex(4)
+        return json.loads(file.read_text(encoding="utf-8")), False
     if file is not None:
-        write_atomically(file, identity)
-    return identity, True
+        write_atomically(file, json.dumps(new))
+    return new, True
 
 
-def _named(folder: Path | None, identity: str) -> dict[str, dict[str, Any]]:
-    """The arguments of each tracker's constructor: trackio knows a run by its name alone, wandb by an id."""
+def _named(folder: Path | None, run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arguments of each tracker's constructor.
+
+    trackio knows a run by its name alone, wandb by an id; and trackio forgets the configuration of a run that goes on,
+    unless it is given again.
+    """
     if folder is None:
         return {}
     group = {"group": folder.parent.parent.name} if folder.parent.name == LOGS else {}
     return {
-        "wandb": {"name": folder.name, **group, "id": identity, "resume": "allow", "dir": str(folder)},
-        "trackio": {"name": f"{folder.name} {identity}", **group, "resume": "allow"},
+        "wandb": {"name": folder.name, **group, "id": run["id"], "resume": "allow", "dir": str(folder)},
+        "trackio": {
+            "name": f"{folder.name} {run['id']}",
+            **group,
+            "config": dict(run["configuration"]),
+            "resume": "allow",
+        },
     }
 
 

@@ -176,6 +176,16 @@ def contents(found: Found) -> Iterator[Block]:
     yield from _method(found)
 
 
+def summary(found: Found) -> Iterator[Block]:
+    """The answer of the report, and its two main tables, for the card."""
+    yield from _answer(found)
+    if any("data_noise" in entry for entry in found["objectives"].values()):
+        yield Heading("Gradients over the data")
+        yield _table(found, NOISE_COLUMNS)
+    yield Heading("Coefficients of tokens")
+    yield _table(found, COEFFICIENT_COLUMNS)
+
+
 def _answer(found: Found) -> Iterator[Block]:
     probabilities = found.get("token_probabilities")
     comparable = [row for row in found["bins"] if row["comparable"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
 from rlzoo.buffers.bad_rows import BadRows, dropped_line
+from rlzoo.buffers.card import buffer_card
 from rlzoo.comparison import resolve, shared_buffer
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
@@ -27,6 +29,7 @@ from rlzoo.jobs.pool import Workers, default_workers, pool, why
 from rlzoo.jobs.progress import Report
 from rlzoo.jobs.ranks import world_size
 from rlzoo.jobs.runs import Run, place, run_in, versions
+from rlzoo.jobs.sharing import CARD
 from rlzoo.policy.defaults import resolved
 from rlzoo.policy.loading import load_for
 from rlzoo.training import (
@@ -40,6 +43,7 @@ from rlzoo.training import (
 )
 from rlzoo.training.batches import buffer_sources, in_steps
 from rlzoo.variance.analyzer import analyze_variance
+from rlzoo.variance.card import analysis_card
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
 from rlzoo.variance.scoring import BLOCKS
@@ -96,7 +100,8 @@ def run_variance(
     whole, experiment = experiment, _cut(experiment, settings.rows)
     check(experiment)
     out = out or where(whole, settings, buffer, threads)
-    with run_in(out, "variance", _asked(whole, settings, buffer, threads)) as run:
+    asked = _asked(whole, settings, buffer, threads)
+    with run_in(out, "variance", asked) as run:
         if run.finished:
             say(console, f"{experiment.name}: already finished, in {out}", style="bold")
             earlier: dict[str, Any] = json.loads((out / "variance.json").read_text(encoding="utf-8"))
@@ -121,6 +126,7 @@ def run_variance(
         }
         write_atomically(out / "variance.json", json.dumps(found, indent=1, allow_nan=False))
         write_report(out)
+        write_atomically(out / CARD, analysis_card(whole, found, buffer, asked))
         run.to_be_continued = bool(found["failed"])
     return found
 
@@ -161,12 +167,13 @@ def _cut(experiment: Experiment, rows: int) -> Experiment:
 
 def _run(
     processes: Workers,
-    experiment: Experiment,
+    asked: Experiment,
     run: Run,
     settings: VarianceSettings,
     given: str | None,
     console: Console,
 ) -> dict[str, Any]:
+    experiment = asked
     folder, state = (run.folder / "buffer").absolute(), run.state.absolute()
     goes = "resuming in" if run.resumed else "writing to"
     warm = None
@@ -179,6 +186,7 @@ def _run(
         if (error := done.exception()) is not None:
             raise UserError(why(error)) from None
         filled = done.result()
+    _write_card(asked, folder, given, filled)
     tell = f"{experiment.name}: {filled['rows']} rows, {len(experiment.algorithms)} objectives; {goes} {run.folder}"
     say(console, tell, style="bold")
     for name, summary in filled["dropped_rows"].items():
@@ -213,11 +221,26 @@ def _run(
     }
 
 
-def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> dict[str, Any]:
-    """Make or read the buffer and save it for all jobs; returns its number of rows, what was dropped, and events."""
+def _write_card(experiment: Experiment, folder: Path, given: str | None, filled: Mapping[str, Any]) -> None:
+    """Write the card of the buffer that was ``filled``; ``experiment`` is as the user gave it, with its warm-up."""
+    lead = f"The rows that the analysis {experiment.name} measures gradients on, made by rlzoo."
     if given is None:
-        made = shared_buffer.fill_buffer(experiment, folder, state, 0, report)
-        return {name: made[name] for name in ("rows", "dropped_rows", "events", "resolved")}
+        shared_buffer.write_card(experiment, folder, 0, filled, lead)
+        return
+    config = experiment.model_dump(mode="json")
+    asked = {"buffer": given, **{name: config[name] for name in ("model", "training", "algorithms")}}
+    origin = {"rows": given, "model of log-probs that were missing": experiment.model}
+    name = f"{experiment.name}, {folder.name}"
+    write_atomically(folder / CARD, buffer_card(OfflineBuffer.load(folder), name, lead, origin, asked, [given]))
+
+
+def fill(experiment: Experiment, folder: Path, state: Path, given: str | None, report: Report) -> dict[str, Any]:
+    """Make or read the buffer and save it for all jobs; returns its number of rows, what was dropped, and events.
+
+    Also what it cost, unless it was ``given``.
+    """
+    if given is None:
+        return shared_buffer.fill_buffer(experiment, folder, state, 0, report)
     policy = load_for(experiment.model, experiment.training)
     bad = BadRows(experiment.train.bad_rows)
     longest, special = experiment.training.max_completion_tokens, experiment.training.special_tokens

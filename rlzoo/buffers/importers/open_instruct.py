@@ -18,6 +18,10 @@ from rlzoo.buffers.importer import (
 from rlzoo.buffers.values import Row
 from rlzoo.errors import UserError
 
+TOOLS = (
+    "completions with the output of tools, the tokens with a log-prob of 0; sampled tokens of probability 1 have it "
+    "too, and are not learned from either"
+)
 _READ = ("step", "prompt_tokens", "response_tokens", "reward", "advantage", "finish_reason", "logprobs", "request_info")
 
 
@@ -25,9 +29,9 @@ _READ = ("step", "prompt_tokens", "response_tokens", "reward", "advantage", "fin
 class OpenInstructRollouts(Importer):
     """``--save_traces``: ``RUN_rollouts_000000.jsonl`` in ``--rollouts_save_path``, with tokens and log-probs.
 
-    A response with the output of tools is refused, because the log does not say which of its tokens these are. The
-    traces of versions before 2026, one line per step with lists of ``queries``, ``responses`` and ``scores``, are read
-    too. Checked against open-instruct's main branch at commit e6c3044 of 20 August 2026.
+    The output of tools, which is not learned from, is what has a log-prob of 0. The log does not say in which messages
+    it was. The traces of versions before 2026, one line per step with lists of ``queries``, ``responses`` and
+    ``scores``, are read too. Checked against open-instruct's main branch at commit e6c3044 of 20 August 2026.
     """
 
     name: ClassVar[str] = "open-instruct"
@@ -43,20 +47,23 @@ class OpenInstructRollouts(Importer):
         if "responses" in row and "queries" in row:
             yield from _traces(row)
             return
-        used = row.get("request_info")
-        if isinstance(used, Mapping) and (used.get("num_calls") or used.get("tool_calleds")):
+        used, logp = row.get("request_info"), row.get("logprobs")
+        called = isinstance(used, Mapping) and (used.get("num_calls") or used.get("tool_calleds"))
+        mask = [value != 0 for value in logp] if called and isinstance(logp, list) else None
+        if called and (mask is None or all(mask)):
             raise UserError(
-                "has the output of tools among its tokens, and the log does not say which they are: drop it"
+                "has the output of tools among its tokens, and no log-probs of 0, which say which they are: drop it"
             )
-        logp = row.get("logprobs")
         yield LoggedSample(
             prompt_ids=ids_of(row, "prompt_tokens"),
             completion_ids=ids_of(row, "response_tokens"),
+            mask=mask,
             logp=logp if isinstance(logp, list) else None,
             reward=number_in(row, "reward"),
             version=version_in(row, "step"),
             truncated=_truncated(row.get("finish_reason")),
             columns=others(row, *_READ),
+            notes={TOOLS: f"{mask.count(False)} of {len(mask)} tokens"} if mask else {},
         )
 
 

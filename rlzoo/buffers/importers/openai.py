@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rlzoo.buffers.files import Item
-from rlzoo.buffers.importer import Importer, LoggedSample, number_in, others, register_importer
+from rlzoo.buffers.importer import Importer, LoggedSample, conversation_of, number_in, others, register_importer
 from rlzoo.buffers.tables import SourceTable
 from rlzoo.buffers.values import Row, find
 from rlzoo.errors import UserError, kind_of
-from rlzoo.policy.chat import messages
 
 _TOKEN = "token_id:"
 """The beginning of a token's text if vLLM was asked for ``return_tokens_as_token_ids``."""
@@ -25,8 +24,10 @@ class OpenAIResponses(Importer):
     """Responses of ``chat.completions`` and ``completions``, one per line, with their ``logprobs``.
 
     A line is a response with its ``messages`` or ``prompt`` beside its ``choices``; ``{"request": ..., "response":
-    ...}``; or a line of a batch's output, with the batch's input file as the option ``requests``. Log-probs are the
-    model's own, at temperature 1; those of an API that leaves out the end of the completion cannot be used. Checked
+    ...}``; a line of a batch's output, with the batch's input file as the option ``requests``; or ``messages``
+    alone, which end with the response. Earlier turns of the assistant are part of the prompt, unless the option
+    ``turns`` says that they were sampled too. Log-probs are the model's own, at temperature 1; those of an API that
+    leaves out the end of the completion cannot be used. Checked
     against the types of openai 3.57.0 and vLLM at commit 006c49d on 28 November 2026.
     """
 
@@ -38,6 +39,8 @@ class OpenAIResponses(Importer):
     """The input file of a batch, whose ``custom_id`` identifies the request of each line of its output."""
     reward: str = "reward"
     """The column, or a field such as ``metadata.score``, with a reward of the line's completions."""
+    turns: Literal["last", "all"] = "last"
+    """Which turns of the assistant were sampled: the response, or ``all`` of its conversation."""
 
     def rows(self, items: Iterator[Item]) -> Iterator[Item]:
         if self.requests is None:
@@ -54,6 +57,10 @@ class OpenAIResponses(Importer):
     def samples(self, row: Row) -> Iterable[LoggedSample]:
         body, request = _body(row), _request(row)
         choices = body.get("choices")
+        asked = request.get("messages")
+        if choices is None and isinstance(asked, list) and asked and _is_assistants(asked[-1]):
+            *asked, last = asked
+            request, choices = {**request, "messages": asked}, [{"message": last}]
         if not isinstance(choices, list) or not choices:
             raise UserError("has no 'choices': every line must hold a response")
         if request.get("echo"):
@@ -62,7 +69,12 @@ class OpenAIResponses(Importer):
         columns = others(row, *_BODY, self.reward)
         for choice in choices:
             sample = _sample(choice, body, request, len(choices))
+            sample = _from_first_turn(sample) if self.turns == "all" else sample
             yield replace(sample, reward=number_in({"reward": reward}, "reward"), columns=columns)
+
+
+def _is_assistants(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
 
 
 def _requests(source: str) -> Iterator[tuple[str, Any]]:
@@ -122,15 +134,27 @@ def _sample(choice: Any, body: Row, request: Row, number: int) -> LoggedSample:
         return _with_logp(sample, logprobs.get("tokens"), logprobs.get("token_logprobs"))
     if "messages" not in request and sample.prompt_ids is None:
         raise UserError(_NO_PROMPT)
-    (turn,) = messages([{"role": "assistant", **message}], "the response")
+    (turn,) = conversation_of([{"role": "assistant", **message}], "the response")
     if not turn["content"] and not turn.get("tool_calls"):
         raise UserError("has an empty message for a response: drop it")
-    asked = messages(request["messages"], "the request") if "messages" in request else None
+    asked = conversation_of(request["messages"], "the request") if "messages" in request else None
     tools = {"tools": request["tools"]} if request.get("tools") else {}
     sample = replace(sample, prompt=asked, completion=_plain(turn), options=tools)
     entries = logprobs.get("content") or []
     tokens = [entry.get("token") for entry in entries]
     return _with_logp(sample, tokens or None, [entry.get("logprob") for entry in entries])
+
+
+def _from_first_turn(sample: LoggedSample) -> LoggedSample:
+    """The sample with a completion from the first turn of the assistant on; the tokens logged are the response's."""
+    asked, said = sample.prompt, sample.completion
+    if isinstance(asked, str | None) or not isinstance(said, dict):
+        return sample
+    first = next((place for place, turn in enumerate(asked) if turn["role"] == "assistant"), None)
+    if first is None:
+        return sample
+    turns = [*asked[first:], said]
+    return replace(sample, prompt=asked[:first], completion=turns, prompt_ids=None, completion_ids=None)
 
 
 _NO_PROMPT = (

@@ -9,6 +9,7 @@ from rlzoo.buffers.importer import (
     Importer,
     LoggedSample,
     completion_of,
+    conversation_of,
     number_in,
     others,
     prompt_of,
@@ -16,7 +17,6 @@ from rlzoo.buffers.importer import (
 )
 from rlzoo.buffers.values import Row, find
 from rlzoo.errors import UserError
-from rlzoo.policy.chat import messages
 
 _CUT = ("max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens", "compaction_failed")
 """Stop conditions of a trace that was cut."""
@@ -68,7 +68,7 @@ def _trace(trace: Row, record: Row) -> Iterator[LoggedSample]:
     cut = trace.get("stop_condition") in _CUT or told == "length"
     rewards = _rewards(trace)
     yield LoggedSample(
-        prompt=messages([_message(node["message"]) for node in path[:first]], "the trace") if first else None,
+        prompt=conversation_of([_message(node["message"]) for node in path[:first]], "the trace") if first else None,
         completion=completion_of([_message(node["message"]) for node in path[first : last + 1]], "the trace"),
         reward=sum(value for _, value in rewards.values()) if rewards else number_in(trace, "reward"),
         components={name: score for name, (score, _) in rewards.items()},
@@ -149,8 +149,8 @@ def _task(trace: Row) -> dict[str, Any]:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    known = ("role", "content", "reasoning_content")
-    return {name: message[name] for name in known if message.get(name) is not None or name != "reasoning_content"}
+    known = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+    return {name: message.get(name) for name in known}
 
 
 def _rollout(row: Row) -> LoggedSample:

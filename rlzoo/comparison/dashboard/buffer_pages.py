@@ -100,12 +100,20 @@ def row_page(buffer: WatchedBuffer, at: int) -> Content | None:
         ("prompt tokens", str(len(row["prompt_ids"]))), ("completion tokens", str(len(row["completion_ids"]))),
         *((str(name), str(value)[:1000]) for name, value in row["columns"].items()),
     ]  # fmt: skip
-    messages = [join(h("p", one["role"], class_="problem"), pre(one["content"])) for one in row.get("messages") or ()]
-    prompt: Child = messages or join(h("p", "Prompt", class_="problem"), pre(row["prompt"]))
+    prompt = _turns(row.get("messages")) or join(h("p", "Prompt", class_="problem"), pre(row["prompt"]))
+    completion = _turns(row.get("completion_messages")) or pre(row["completion"])
     return Content(title, {"row": join(
         h("h1", title), h("p", link(_path(buffer), "← rows")), prompt,
-        h("p", "Completion", class_="problem"), pre(row["completion"]), facts(told), _log_probs(row),
+        h("p", "Completion", class_="problem"), completion, facts(told), _log_probs(row),
     )})  # fmt: skip
+
+
+def _turns(messages: list[dict[str, Any]] | None) -> list[Html]:
+    """A conversation: the role and text of each message, and what else it has, such as tool calls, as JSON."""
+    return [
+        join(h("p", one["role"], class_="problem"), [pre(text) for text in (one["content"], one.get("extra")) if text])
+        for one in messages or ()
+    ]
 
 
 def _log_probs(row: dict[str, Any]) -> Html:

@@ -13,9 +13,9 @@ from rlzoo.comparison.report.schema import Results
 from rlzoo.comparison.resolve import objective_of, sources_of
 from rlzoo.config import Experiment
 from rlzoo.document import Block, Heading, Paragraph
-from rlzoo.document.cards import TAG, card, facts, how_it_was_made
+from rlzoo.document.cards import TAG, card, data_sets_of, facts, how_it_was_made
 from rlzoo.jobs.pool import counted
-from rlzoo.jobs.sharing import hub_id, public
+from rlzoo.jobs.sharing import public
 from rlzoo.training.card import objective_table
 
 FILES = {
@@ -37,7 +37,7 @@ def _metadata(experiment: Experiment) -> DatasetCardData:
     sources = [source.source for source in sources_of(experiment).values()]
     if (table := experiment.demonstrations_table) is not None:
         sources.append(table.source)
-    known = dict.fromkeys(found for source in sources if (found := hub_id(source)) is not None)
+    known = dict.fromkeys(name for source in sources for name in data_sets_of(source))
     return DatasetCardData(
         pretty_name=f"Comparison: {experiment.name}",
         tags=[TAG, "offline-rl", "evaluation-results", *experiment.algorithms],
