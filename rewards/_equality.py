@@ -69,7 +69,9 @@ _COUNTED = re.compile(
 
 def _counted(match: re.Match[str]) -> str:
     n, k = filter(None, match.groups())
-    return str(perm(int(n[:3]), int(k[:3]))) if re.search("[PA]", match[0]) else rf"\binom{{{n}}}{{{k}}}"
+    if "C" in match[0] or r"\choose" in match[0]:
+        return rf"\binom{{{n}}}{{{k}}}"
+    return match[0] if len(n) > 3 or int(k) > int(n) else str(perm(int(n), int(k)))
 
 
 _MATRIX = re.compile(r"[(\[]? ?\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\} ?[)\]]?", re.DOTALL)

@@ -14,14 +14,15 @@ UNDECIDED = "?"
 
 # Denied and bounded: not 5, more than 5
 
-_NEXT = r"(?:\s+(?:than|or|equal|to|be|exactly|answer|the|a|an))*\W*\Z"
+_NEXT = r"(?:\s+(?:than|or|equal|to|be|exactly|answer|the|a|an))*[^\w.,;!?。，；]*\Z"
+"""Up to the answer, in the same clause: 6 does not. 5"""
 DENIED_WORD = re.compile(DENIED, re.IGNORECASE)
 DENIED_NEXT = re.compile(rf"{DENIED}{_NEXT}", re.IGNORECASE)
 HEDGED = re.compile(f"{DENIED}|{BOUNDED}", re.IGNORECASE)
 HEDGED_NEXT = re.compile(rf"(?:{DENIED}|{BOUNDED}){_NEXT}", re.IGNORECASE)
 HEDGED_AFTER = re.compile(
-    rf"[^\n.。!?]{{0,3}}(?:{DENIED_AFTER})|\W{{0,3}}(?:{BOUNDED_AFTER})|\W{{0,3}}is (?:not|wrong|incorrect)\b"
-    r"|[\s$]*(?:[<>≤≥](?![/A-Za-z])|\\[lg]e(?![a-z]))",
+    rf"[^\n.。!?]{{0,3}}(?:{DENIED_AFTER})|[^\w\n.。!?]{{0,3}}(?:{BOUNDED_AFTER}|is (?:not|wrong|incorrect)\b)"
+    r"|(?:[^\S\n]|\$)*(?:[<>≤≥](?![/A-Za-z])|\\[lg]e(?![a-z]))",
     re.IGNORECASE,
 )
 IGNORANT = re.compile(
@@ -92,15 +93,19 @@ def is_candidate(between: str) -> bool:
 
 VALUE = r"\$?-?\d[\d.,]*(?:/\d+)?\$?"
 """A number as it stands in a text, roughly."""
-_WORDS = r"(?:[^\W\d_]+ )"
+_OFFERED = (
+    rf"(?:\W+\w+){{0,3}}?\W*{VALUE}(?:[^\w\n]*[^\W\d_]+)?[^\w\n.!?]*(?:[.!?\n]|\Z)"  # the answer is 6 apples.
+    r"|\W*\w+\W*(?:[.!?]|\Z)"
+)
+"""A sentence that gives a value or a word, and says no more of it."""
 _FURTHER = re.compile(
     "|".join(
         (
             rf"\W{{0,6}}{EITHER}(?!\W*(?:so|rather|in words)\b)",  # or, perhaps on the next line
-            rf"{_WORDS}{{1,2}}{EITHER}(?!\W*(?:so|rather|in words)\b)",  # apples or
-            rf"[^\w\n.!?]{{0,6}}(?:[^\W\d_]+\W{{1,3}}|[也又])?{MAYBE}",  # apples, maybe
-            rf"[^\w\n]{{0,6}}(?:(?:but|and|or) )?(?:(?:it|this|that|the answer) )?{MAYBE}"  # . Maybe 6; . It could be 6
-            r"(?=[^.\n]*\d|\W*\w+\W*(?:[.!?]|\Z))",
+            rf"(?:[^\W\d_]+ ){{1,2}}{EITHER}(?!\W*(?:so|rather|in words)\b)",  # apples or
+            rf"[^\w\n.!?]{{0,6}}(?:[^\W\d_]+[^\w.!?]{{1,3}}|[也又])?{MAYBE}",  # apples, maybe
+            rf"[^\w\n]{{0,6}}(?:[^\W\d_]+[^\w\n]{{1,3}})?(?:(?:but|and|or) )?(?:(?:it|this|that|the answer) )?{MAYBE}"
+            rf"(?={_OFFERED})",  # . Maybe 6; . It could be 6
             r"[^\w\n]{0,6}(?:some (?:would |might )?(?:say|argue)|(?:the |an)?other (?:one|answer|option)s?)\b",
             rf"\W{{0,6}}(?:(?:but|and|however|though|while)\W+)?(?:options? |choices? )?(?:{VALUE}|\(?[A-J]\)?) "
             r"(?:(?:is|are) (?:also|equally)|would also|(?:also )?(?:works|fits)|(?:may|might|could)(?: also)? be)\b",

@@ -189,8 +189,8 @@ def same_ratio(one: list[Fraction], other: list[Fraction]) -> bool:
 
 
 def based(text: str) -> tuple[str, int | None] | None:
-    """The digits of a number and its base, 1010_2, or None where it says none; None for what has no such digits."""
-    match = re.fullmatch(r"([0-9A-Z]+)(?:_(?:\{(\d+)\}|(\d)))?", text)
+    """The digits of a number and its base, 1010_2, or None where it says none; None for all else, such as A_{12}."""
+    match = re.fullmatch(r"([0-9]|[0-9A-Z]{2,})(?:_(?:\{(\d+)\}|(\d)))?", text)
     return (match[1], int(match[2] or match[3]) if match[2] or match[3] else None) if match else None
 
 

@@ -21,6 +21,7 @@ from rlzoo import OfflineBuffer, compare, get_objective, load_policy
 from rlzoo.buffers import from_trl, read_buffer
 from rlzoo.buffers.card import buffer_card
 from rlzoo.cli import main
+from rlzoo.comparison.dry_run import unchecked
 from rlzoo.errors import UserError
 from rlzoo.jobs.sharing import HIDDEN, hub_id, public, public_command
 from rlzoo.policy import log_probs
@@ -271,6 +272,7 @@ def test_every_command_opens_a_pushed_buffer(
     card = DatasetCard.load("analysis/buffer/README.md")
     assert card.data.source_datasets == [where] and cells_of(card.content, "rows")[0] == where
     study = small({"rft": {}}, demonstrations={"source": where})
+    assert unchecked(study) == [], "a dry run finds it too"
     compare(study, tmp_path / "study", console=Console(quiet=True))
     assert OfflineBuffer.load("study/buffer").column("completion")[: len(buffer)] == buffer.column("completion")
     with pytest.raises(UserError, match=f"{where} is a saved buffer: only a table's columns"):

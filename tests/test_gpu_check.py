@@ -64,8 +64,8 @@ def test_runs_repeat_and_resume_bit_for_bit_and_samples_are_those_of_the_model(t
     for own in runs.values():
         assert own == {"second run equal": 1, "resumed run equal": 1, "steps done again": 0}
     drawn = findings(tiny, "sampler")
-    assert drawn["float32"]["drawn"] < 1e-5 and drawn["float32"]["scores"] < 1e-4
-    assert drawn["bfloat16-mixed"]["drawn"] < 0.05 and drawn["bfloat16-mixed"]["scores"] < 0.3
+    assert drawn["float32"]["drawn"] < 1e-5 and drawn["float32"]["log-probs"] < 1e-4
+    assert drawn["bfloat16-mixed"]["drawn"] < 0.05 and drawn["bfloat16-mixed"]["log-probs"] < 0.3
     assert findings(tiny, "compare")["workers"]["failed"] == 0
 
 

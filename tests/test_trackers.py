@@ -166,14 +166,14 @@ def test_what_trackio_itself_keeps(
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio", reason="what trackio keeps is read with trackio 0.43")
-    from trackio.sqlite_storage import SQLiteStorage
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
 
     def kept(logs: Path) -> tuple[dict[int, dict[str, float]], dict[str, Any]]:
         """The metrics by step, and the configuration, of the run of a training."""
         name = f"{logs.name} {json.loads((logs / 'tracked-as.json').read_text())['id']}"
         (run,) = (run for run in trackio.Api().runs("rlzoo") if run.name == name)
         steps: dict[int, dict[str, float]] = {}
-        for row in SQLiteStorage.get_logs("rlzoo", name):
+        for row in storage.get_logs("rlzoo", name):
             steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if isinstance(v, float | int)})
         return steps, run.config
 

@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[torch.dtype, torch.dtype | None, bool]] = {
 
 
 def kept(shape: str, layers: int, tokens: int, way: str) -> int:
-    """Bytes that so many layers keep of a row of so many tokens, and of weights."""
+    """Bytes that a forward pass through ``layers`` layers keeps, of one row of ``tokens`` tokens and of weights."""
     from transformers import Qwen2Model
 
     dtype, compute, recomputed = WAYS[way]

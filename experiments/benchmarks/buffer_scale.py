@@ -3,7 +3,7 @@
     python experiments/benchmarks/buffer_scale.py --rows 10000,100000,1000000
     python experiments/benchmarks/buffer_scale.py --rows 10000,100000 --tokenizer models/SmolLM2-135M-Instruct
 
-A buffer of made-up samples is written first: four a prompt, of GSM8K's size (a prompt of 60 tokens, completions of 20
+A buffer of made-up samples is written first: four per prompt, of GSM8K's size (a prompt of 60 tokens, completions of 20
 to 180), with rewards and log-probs. Then a process of its own for each size and each task:
 
 - ``open``: `OfflineBuffer.load`;
@@ -25,8 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -42,6 +40,7 @@ from rlzoo.buffers import OfflineBuffer, read_buffer
 from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.buffers.schema import SCHEMA, to_row
 from rlzoo.config import ProblemSource
+from rlzoo.experiments.benchmarks.parts import run_part
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Selection, Trajectory
 from rlzoo.worlds.tokenizer import build_tokenizer
@@ -112,7 +111,7 @@ def memory() -> tuple[int, int]:
 
 
 class Peak:
-    """The largest memory while a task runs, looked at a hundred times a second."""
+    """The largest memory while a task runs, looked at a hundred times per second."""
 
     def __init__(self) -> None:
         self.start = self.own, self.files = memory()
@@ -185,9 +184,8 @@ def read_tables(sizes: list[int], tokenizer: str) -> dict[str, Any]:
                 path = Path(temporary) / f"{'problems' if work == 'problems' else 'table'}-{size}.jsonl"
                 if not path.exists():
                     write_table(size, path, chat and work != "problems")
-                command = [sys.executable, __file__, "--part", work, "--folder", str(path), "--tokenizer", tokenizer]
-                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-                found.setdefault(str(size), {})[work] = json.loads(done.stdout.splitlines()[-1])
+                options = ["--folder", str(path), "--tokenizer", tokenizer]
+                found.setdefault(str(size), {})[work] = run_part(__file__, work, *options, environment=environment)
     return found
 
 
@@ -220,11 +218,8 @@ def main() -> None:
                 write(size, folder)
             found[str(size)] = {"file_bytes": sum(f.stat().st_size for f in folder.glob("*.arrow"))}
             for work in WORK:
-                command = [sys.executable, __file__, "--part", work, "--folder", str(folder)]
-                done = subprocess.run(
-                    [*command, "--batches", str(arguments.batches)], capture_output=True, text=True, check=True
-                )
-                found[str(size)][work] = json.loads(done.stdout.splitlines()[-1])
+                options = ["--folder", str(folder), "--batches", str(arguments.batches)]
+                found[str(size)][work] = run_part(__file__, work, *options)
                 if not arguments.json:
                     print(size, work, found[str(size)][work], flush=True)
     if len(sizes) > 1:

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def main() -> None:
                 cwd=folder, check=True, capture_output=True,
             )  # fmt: skip
         seconds = {name: finish(name, outs[name], whole) for name in commands}
-        tell("undisturbed:", {name: f"{time:.0f} s" for name, time in seconds.items()}, flush=True)
+        tell("undisturbed:", {name: f"{took:.0f} s" for name, took in seconds.items()}, flush=True)
         shares = {name: arguments.kills * (i + 1) // len(commands) for i, name in enumerate(commands)}
         for name in commands:
             out, before = broken / outs[name], dict[str, tuple[int, int]]()
@@ -174,7 +175,10 @@ def main() -> None:
                     same = results(out) == results(whole / outs[name])
                     identical &= same
                     tell(f"{name}: ended before its kill, {'identical' if same else 'DIFFERENT'}; begun anew")
-                    subprocess.run(["rm", "-rf", str(out)], check=True)
+                    if out.is_dir():
+                        shutil.rmtree(out)
+                    else:
+                        out.unlink()
                     before = {}
                     continue
                 kill(run, alone)

@@ -8,7 +8,7 @@ Parts, in this order:
 - ``gradients``: of every objective on the embedded model, in float32 and bfloat16-mixed, against float64 on the CPU;
 - ``budgets``: the same of DFT, DPO and GRPO on a Qwen2, whatever the micro-batches, with layers recomputed too;
 - ``determinism``: a second run in another process, and a run that was stopped and resumes, end with the same bits;
-- ``sampler``: drawn tokens, greedy tokens and scores against transformers' forward pass of each row alone;
+- ``sampler``: drawn tokens, greedy tokens and log-probs against transformers' forward pass of each row alone;
 - ``compare``: a small comparison with two workers on this one device;
 - ``decoding``: the sampler against transformers' `generate`, on random weights in Qwen2's shapes, for each size;
 - ``steps``: DFT, DPO and GRPO on them against a bare loop and TRL's trainers: real tokens per second, the fraction of a

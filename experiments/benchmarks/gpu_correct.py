@@ -25,7 +25,7 @@ from rlzoo import OfflineBuffer, Policy, compare, get_objective, list_objectives
 from rlzoo.config import Sampling, Training, load_experiment
 from rlzoo.experiments.benchmarks.findings import Finding, Setup
 from rlzoo.experiments.benchmarks.random_models import SHAPES, random_model, random_rows
-from rlzoo.experiments.benchmarks.steps import RATE, UNIT, together
+from rlzoo.experiments.benchmarks.steps import OPTIONS, RATE, UNIT, together
 from rlzoo.inputs import Behaviour, Snapshot
 from rlzoo.objective import Objective
 from rlzoo.policy.assembly import Units
@@ -39,11 +39,6 @@ from rlzoo.types import Trajectory
 
 GAPS = {"float32": 1e-4, "bfloat16-mixed": 0.15}
 """The largest distance of a gradient from float64's, over the size of that: by dtype."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    "mixture": {"weights": {"sft": 0.1, "grpo": 0.9}},
-    "opd": {"teacher": "embedded"},
-}
-"""Of objectives that cannot be without."""
 ONE_STEP: dict[str, Any] = {
     "steps": 1, "learning_rate": RATE, "warmup_ratio": 0.0, "max_gradient_norm": 1e9, "checkpoint_seconds": None,
 }  # fmt: skip
@@ -231,11 +226,11 @@ def trained(
 
 
 def sampler(setup: Setup) -> Iterator[Finding]:
-    """What the sampler draws, and what the trainer scores, against transformers' forward pass of each row alone.
+    """What the sampler draws, and the trainer's log-probs, against transformers' forward pass of each row alone.
 
     A token is drawn where the cumulative probability passes a uniform number: ``drawn`` is by how much probability
     that number misses the token's own interval under the plain forward pass. ``greedy`` is by how much the logit of a
-    greedy token is below the largest, ``scores`` the difference of log-probs in nats.
+    greedy token is below the largest, ``log-probs`` by how many nats a log-prob differs.
     """
     limits = {"float32": (1e-4, 1e-3, 1e-3), "bfloat16-mixed": (0.1, 0.5, 0.3)}
     name = random_model(setup.small, setup.folder / "peaked", setup.device, spread=0.2, seed=setup.seed)
@@ -247,10 +242,10 @@ def sampler(setup: Setup) -> Iterator[Finding]:
     settings = Sampling(
         samples=3, temperature=0.8, max_new_tokens=setup.pick(64, 24), batch_size=12, engine="transformers"
     )
-    for dtype, (drawn_limit, greedy_limit, scores_limit) in limits.items():
+    for dtype, (drawn_limit, greedy_limit, logp_limit) in limits.items():
         policy = load_policy(name, dtype, setup.device).eval()
         make = TransformersSampler(policy)
-        drawn = greedy = scores = 0.0
+        drawn = greedy = off = 0.0
         for place, [sample] in enumerate(make.sample(prompts, settings, setup.seed, greedy=True)):
             logits = plain_logits(policy, prompts[place], sample.ids)
             chosen = logits.gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
@@ -263,12 +258,12 @@ def sampler(setup: Setup) -> Iterator[Finding]:
                 logits = plain_logits(policy, prompts[place], sample.ids)
                 drawn = max(drawn, missed(logits / settings.temperature, sample.ids, uniform[number]))
                 plain = logits.log_softmax(1).gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
-                scores = max(scores, float((plain - torch.tensor(logps[number], dtype=torch.float64)).abs().max()))
+                off = max(off, float((plain - torch.tensor(logps[number], dtype=torch.float64)).abs().max()))
                 tokens, used = tokens + len(sample.ids), used | set(sample.ids)
         yield Finding(
             dtype,
-            {"drawn": drawn, "greedy": greedy, "scores": scores, "tokens": tokens, "kinds of tokens": len(used)},
-            at_most={"drawn": drawn_limit, "greedy": greedy_limit, "scores": scores_limit},
+            {"drawn": drawn, "greedy": greedy, "log-probs": off, "tokens": tokens, "kinds of tokens": len(used)},
+            at_most={"drawn": drawn_limit, "greedy": greedy_limit, "log-probs": logp_limit},
             at_least={"tokens": setup.pick(1000, 200), "kinds of tokens": setup.pick(100, 20)},
         )
 

@@ -91,17 +91,14 @@ def steps(setup: Setup, size: str) -> Iterator[Finding]:
         yield told(f"{one}: TRL {settings}", found, best[one], "trl")
     for one in OBJECTIVES:
         ours, theirs = best[one].get("rlzoo"), best[one].get("trl")
-        if ours and theirs and "bare" in best[one]:
-            yield Finding(
-                f"{one}: rlzoo over TRL's best",
-                {
-                    "speed": ours["tokens/s"] / theirs["tokens/s"],
-                    "memory": ours["peak GB"] / theirs["peak GB"],
-                    "speed over bare": ours["tokens/s"] / best[one]["bare"]["tokens/s"]
-                    if "bare" in best[one]
-                    else None,
-                },
-            )
+        if ours and theirs:
+            ratios: dict[str, Value] = {
+                "speed": ours["tokens/s"] / theirs["tokens/s"],
+                "memory": ours["peak GB"] / theirs["peak GB"],
+            }
+            if bare := best[one].get("bare"):  # else it ran out of memory
+                ratios["speed over bare"] = ours["tokens/s"] / bare["tokens/s"]
+            yield Finding(f"{one}: rlzoo over TRL's best", ratios)
 
 
 def model_of(setup: Setup, size: str) -> str:
@@ -111,7 +108,7 @@ def model_of(setup: Setup, size: str) -> str:
 
 
 def rows_of(policy: Policy, objective: str, size: str, setup: Setup) -> list[Trajectory]:
-    """Rows that an objective learns from; what reference and behaviour say of them is known beforehand."""
+    """Rows that an objective learns from, with the log-probs of reference and behaviour."""
     unit = UNIT.get(objective, 1)
     rows = random_rows(size, setup.pick(64, 8), unit, setup.seed)
     return together(policy, rows, unit) if unit > 1 else rows

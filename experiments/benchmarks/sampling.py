@@ -9,21 +9,20 @@ engine runs in a process of its own, in turn, ``--repeats`` times, after a start
 - ``rlzoo``: `rlzoo.rollout.TransformersSampler` with the same batch size;
 - ``vllm``: `rlzoo.rollout.VLLMSampler` in this process, its own scheduler.
 
-Tokens a second count sampled tokens up to and with the end of sequence. What is sampled differs in length from engine
+Tokens per second count sampled tokens up to and with the end of sequence. What is sampled differs in length from engine
 to engine by chance alone.
 
     python experiments/benchmarks/sampling.py --prompts 256 --batch-size 128 --reward math-answer
 
 With a reward, rlzoo's loop samples and the reward scores in processes of its own instead: ``after`` the sampling, or
-``meanwhile``, as it does; beside them the sampling alone. The scores are compared. Gold answers n of the embedded
-worlds become \\sqrt{n^2}, so that answers are compared as formulas (some 10 ms each), as many of a real data set are.
+``meanwhile``, as it does; beside them the sampling alone. The scores are compared. Gold answers n of the built-in
+tasks become \\sqrt{n^2}, so that answers are compared as formulas (some 10 ms each), as many of a real data set are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -35,8 +34,10 @@ from typing import Any
 import torch
 
 from rlzoo import Policy, load_policy
-from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems, load_problems
-from rlzoo.config import ProblemSource, Sampling
+from rlzoo.buffers.problems import EncodedProblem, Problem, encode_problems
+from rlzoo.config import Sampling
+from rlzoo.experiments.benchmarks.parts import medians, run_part
+from rlzoo.experiments.benchmarks.steps import problems_of
 from rlzoo.reward.isolation import Limits, RewardProcesses, isolated
 from rlzoo.rollout import TransformersSampler
 from rlzoo.rollout.decoding import padded
@@ -45,13 +46,9 @@ from rlzoo.rollout.scoring import Scorer
 ENGINES = ("generate", "rlzoo", "vllm")
 
 
-def problems_of(policy: Policy, arguments: argparse.Namespace) -> Sequence[EncodedProblem]:
-    """The first problems: GSM8K's in the model's chat template, or those of an embedded world."""
-    if arguments.data.startswith("world:"):
-        source = ProblemSource(source=arguments.data, limit=arguments.prompts)
-    else:
-        source = ProblemSource(source=arguments.data, prompt="{question}", chat=True, limit=arguments.prompts)
-    return encode_problems(policy.tokenizer, load_problems(source))
+def encoded(policy: Policy, arguments: argparse.Namespace) -> Sequence[EncodedProblem]:
+    """The first problems, as prompts of the model."""
+    return encode_problems(policy.tokenizer, problems_of(arguments.data, arguments.prompts))
 
 
 @torch.no_grad()
@@ -72,10 +69,10 @@ def generate(policy: Policy, prompts: list[list[int]], settings: Sampling) -> in
 
 
 def one(arguments: argparse.Namespace) -> dict[str, float]:
-    """One engine's tokens a second, in this process."""
+    """One engine's tokens per second, in this process."""
     torch.set_num_threads(arguments.threads)
     policy = load_policy(arguments.model)
-    prompts = [problem.ids for problem in problems_of(policy, arguments)]
+    prompts = [problem.ids for problem in encoded(policy, arguments)]
     settings = Sampling(
         samples=arguments.samples, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size
     )
@@ -108,7 +105,7 @@ def scored(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of sampling alone, with scoring after it, and with scoring meanwhile; medians."""
     torch.set_num_threads(arguments.threads)
     policy = load_policy(arguments.model)
-    problems = problems_of(policy, arguments)
+    problems = encoded(policy, arguments)
     if arguments.data.startswith("world:"):
         problems = [replace(one, problem=replace(one.problem, columns=_as_formula(one.problem))) for one in problems]
     settings = Sampling(
@@ -160,7 +157,7 @@ def main() -> None:
     """Run every engine in turn, and compare with `generate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--data", default="world:arithmetic/train", help="GSM8K rows, or an embedded world")
+    parser.add_argument("--data", default="world:arithmetic/train", help="a file in GSM8K's format, or a built-in task")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -185,16 +182,10 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     for _ in range(arguments.repeats):
         for engine in engines:
-            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--part", engine]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{engine} failed: {done.stderr.strip().splitlines()[-1]}")
-            runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[engine].append(run_part(__file__, engine, *sys.argv[1:]))
             if not arguments.json:
                 print(engine, runs[engine][-1], flush=True)
-    found: dict[str, Any] = {
-        engine: {key: median(run[key] for run in some) for key in some[0]} for engine, some in runs.items()
-    }
+    found: dict[str, Any] = {engine: medians(some) for engine, some in runs.items()}
     if "generate" in found:
         base = found["generate"]["tokens_per_second"]
         found["over_generate"] = {engine: found[engine]["tokens_per_second"] / base for engine in engines}

@@ -21,7 +21,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -32,9 +32,9 @@ from typing import Any
 import torch
 
 from rlzoo import Policy, get_objective, list_objectives, load_policy
-from rlzoo.buffers.problems import demonstrations, load_problems
-from rlzoo.config import ProblemSource, Training
-from rlzoo.experiments.benchmarks.steps import RATE, together, tokens_of
+from rlzoo.buffers.problems import demonstrations
+from rlzoo.config import Training
+from rlzoo.experiments.benchmarks.steps import OPTIONS, RATE, problems_of, together, tokens_of
 from rlzoo.inputs import Stage
 from rlzoo.objective import Objective, is_composite, objective_class
 from rlzoo.policy import Assembler, Models, log_probs
@@ -43,8 +43,6 @@ from rlzoo.testing.engine import SameRows
 from rlzoo.training import Trainer
 from rlzoo.types import Trajectory, Unit, selector_of
 
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"opd": {"teacher": "embedded"}}
-"""Of objectives that cannot be without."""
 SAMPLES = 8
 """Samples per prompt."""
 EVERY = 4
@@ -61,8 +59,8 @@ def measured() -> list[str]:
 
 def rows_of(policy: Policy, number: int) -> list[Trajectory]:
     """Solutions of the built-in task as samples, `SAMPLES` per prompt, the first and every second after it right."""
-    source = ProblemSource(source="world:arithmetic/train", limit=number)
-    return together(policy, demonstrations(policy.tokenizer, load_problems(source))[:number], SAMPLES)
+    problems = problems_of("world:arithmetic/train", number)
+    return together(policy, demonstrations(policy.tokenizer, problems)[:number], SAMPLES)
 
 
 def units_of(objective: Objective, rows: int) -> list[tuple[int, ...]]:

@@ -1,11 +1,11 @@
-"""Training steps that are measured, and their counterparts in TRL: shared by train_step.py and gpu_check.py."""
+"""Rows and training steps that benchmarks measure, and the steps' counterparts in TRL."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from rlzoo import Policy, get_objective
+from rlzoo.buffers.problems import Problem, load_problems
+from rlzoo.config import ProblemSource
 from rlzoo.jobs.memory import release_memory
 from rlzoo.policy import Assembler
 from rlzoo.policy.microbatches import log_probs
@@ -26,6 +28,18 @@ UNIT = {"dpo": 2, "grpo": 4}
 """Rows that share a prompt, of the objectives that need some."""
 RATE = 1e-9
 """A step with next to no effect, so that the next one starts from the same weights."""
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "mixture": {"weights": {"sft": 0.1, "grpo": 0.9}},
+    "opd": {"teacher": "embedded"},
+}
+"""Of objectives that have options without a default."""
+
+
+def problems_of(data: str, limit: int) -> Sequence[Problem]:
+    """The first problems of a file in GSM8K's format, as chats, or of a built-in task ``world:NAME/SPLIT``."""
+    if data.startswith("world:"):
+        return load_problems(ProblemSource(source=data, limit=limit))
+    return load_problems(ProblemSource(source=data, prompt="{question}", solution="answer", chat=True, limit=limit))
 
 
 def synchronise() -> None:

@@ -14,8 +14,8 @@ medians are told:
 For DPO every second solution is the rejected one of the prompt before it; for GRPO four solutions in a row are samples
 of one prompt, every second one right. Log-probs of reference and behaviour are known to both sides beforehand.
 
-Real tokens a second count prompt and completion, padding left out. The GEMM fraction is 6 · parameters · tokens / time
-over the speed of a float32 matrix product timed beside it. ``gradient_cosine`` is between rlzoo's gradient and that of
+Tokens per second count prompt and completion, without padding. The GEMM fraction is 6 · parameters · tokens / time over
+the speed of a float32 matrix product timed beside it. ``gradient_cosine`` is between rlzoo's gradient and that of
 ``trl_padded``: the same loss over the same completion tokens.
 """
 
@@ -23,25 +23,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 from rlzoo import Policy, get_objective, load_policy
-from rlzoo.buffers.problems import demonstrations, load_problems
-from rlzoo.config import ProblemSource, Training
+from rlzoo.buffers.problems import demonstrations
+from rlzoo.config import Training
+from rlzoo.experiments.benchmarks.parts import medians, run_part
 from rlzoo.experiments.benchmarks.steps import (
     RATE,
     UNIT,
     Watch,
     gemm_speed,
+    problems_of,
     together,
     tokens_of,
     trl_loss_steps,
@@ -56,18 +56,13 @@ OBJECTIVES = ("dft", "sft", "dpo", "grpo")
 
 
 def rows_of(policy: Policy, arguments: argparse.Namespace) -> list[Trajectory]:
-    """The first demonstrations: GSM8K's rows in the model's chat template, or those of an embedded world."""
-    if arguments.data.startswith("world:"):
-        source = ProblemSource(source=arguments.data, limit=arguments.rows)
-    else:
-        source = ProblemSource(
-            source=arguments.data, prompt="{question}", solution="answer", chat=True, limit=arguments.rows
-        )
-    return demonstrations(policy.tokenizer, load_problems(source), 1024)[: arguments.rows]
+    """The first demonstrations."""
+    problems = problems_of(arguments.data, arguments.rows)
+    return demonstrations(policy.tokenizer, problems, 1024)[: arguments.rows]
 
 
 class Whole:
-    """Every row in every batch, ``size`` rows a unit."""
+    """Every row in every batch, ``size`` rows per unit."""
 
     def __init__(self, rows: list[Trajectory], size: int = 1) -> None:
         self.rows, self.size = rows, size
@@ -163,7 +158,7 @@ def main() -> None:
     """Run every engine on every objective, in turn, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--data", default="world:arithmetic/train", help="GSM8K rows, or an embedded world")
+    parser.add_argument("--data", default="world:arithmetic/train", help="a file in GSM8K's format, or a built-in task")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--objectives", default=",".join(OBJECTIVES), help="comma-separated: dft, sft, dpo, grpo")
     parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated")
@@ -190,17 +185,11 @@ def main() -> None:
             runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in apt}
             for _ in range(arguments.repeats):
                 for engine in apt:
-                    command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--part", engine]
-                    command += ["--objectives", objective, "--gradient", f"{folder}/{engine}"]
-                    done = subprocess.run(command, capture_output=True, text=True)
-                    if done.returncode:
-                        raise SystemExit(f"{engine} failed: {done.stderr.strip().splitlines()[-1]}")
-                    runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
+                    own = ["--objectives", objective, "--gradient", f"{folder}/{engine}"]
+                    runs[engine].append(run_part(__file__, engine, *sys.argv[1:], *own))
                     if not arguments.json:
                         print(objective, engine, runs[engine][-1], flush=True)
-            results[objective] = {
-                engine: {key: median(run[key] for run in some) for key in some[0]} for engine, some in runs.items()
-            }
+            results[objective] = {engine: medians(some) for engine, some in runs.items()}
             if {"rlzoo", "trl_padded"} <= set(engines):
                 results[objective]["gradient_cosine"] = cosine(f"{folder}/rlzoo", f"{folder}/trl_padded")
     print(json.dumps(results, indent=None if arguments.json else 1))

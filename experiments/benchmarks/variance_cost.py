@@ -3,22 +3,22 @@
     python experiments/benchmarks/variance_cost.py --model models/SmolLM2-135M-Instruct --data gsm8k/train.jsonl
 
 Seven objectives on 16 problems: the solutions as demonstrations, and the same 16 solutions as samples of a policy, two
-to a prompt, one of them rewarded, so that there are right samples, pairs and groups. Each part runs in a process of its
-own, the parts in turn, the whole ``--repeats`` times; ratios are of the medians. float32, no dropout, one machine:
+per prompt, one of them rewarded, so that there are right samples, pairs and groups. Each part runs in a process of its
+own, the parts in turn, the whole ``--repeats`` times; ratios are of the medians. float32, no dropout, one machine.
+Times are in seconds, memory is the peak of the process, in bytes:
 
-- ``ordinary``: one forward pass over all rows, and one backward pass an objective over the rows that it uses;
+- ``ordinary``: one forward pass over all rows, and one backward pass per objective over the rows that it uses;
 - ``analyzer``: `rlzoo.analyze_variance` with its defaults, Monte Carlo and all;
 - ``step``: one AdamW step of SFT on the 16 demonstrations, for its peak memory;
 - ``torch_func``: vmap(grad), the norm of every row and the mean kept, for each objective; ``meter``: the same by rlzoo.
 
-torch.func holds a gradient a row: ``--func-rows`` are taken together, fewer than all where memory forbids that.
+torch.func holds a gradient per row: ``--func-rows`` are taken together, fewer than all where memory forbids that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +29,10 @@ from typing import Any
 import torch
 
 from rlzoo import OfflineBuffer, Policy, analyze_variance, get_objective, load_policy
-from rlzoo.buffers.problems import demonstrations, load_problems
-from rlzoo.config import ProblemSource, Training
+from rlzoo.buffers.problems import demonstrations
+from rlzoo.config import Training
+from rlzoo.experiments.benchmarks.parts import run_part
+from rlzoo.experiments.benchmarks.steps import problems_of
 from rlzoo.jobs.memory import release_memory
 from rlzoo.policy import Assembler, MicroBatches, Models, Sequences
 from rlzoo.policy.microbatches import log_probs, token_batches
@@ -45,18 +47,12 @@ from rlzoo.variance.tasks import Task
 
 OBJECTIVES = ("sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo")
 Tasks = dict[str, Task]
-PARTS = ("ordinary", "analyzer", "step", "torch_func", "meter")
 
 
 def rows_of(policy: Policy, arguments: argparse.Namespace) -> OfflineBuffer:
     """The demonstrations, and the same texts as samples."""
-    if arguments.data.startswith("world:"):
-        source = ProblemSource(source=arguments.data, limit=arguments.rows)
-    else:
-        source = ProblemSource(
-            source=arguments.data, prompt="{question}", solution="answer", chat=True, limit=arguments.rows
-        )
-    experts = demonstrations(policy.tokenizer, load_problems(source), 1024)[: arguments.rows]
+    problems = problems_of(arguments.data, arguments.rows)
+    experts = demonstrations(policy.tokenizer, problems, 1024)[: arguments.rows]
     logp = log_probs(policy, [(row.prompt_ids, row.completion_ids) for row in experts], arguments.token_budget)
     samples = []
     for index, row in enumerate(experts):
@@ -147,7 +143,7 @@ def meter(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespace) 
 
 
 def torch_func(policy: Policy, buffer: OfflineBuffer, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same by torch.func: one gradient a row, over padded rows of like length."""
+    """The same by torch.func: one gradient per row, over padded rows of like length."""
     from torch.func import functional_call, grad, vmap
 
     rows, tasks = tasks_of(policy, buffer, arguments)
@@ -187,11 +183,20 @@ def measured(work: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
 
 
+PARTS: dict[str, Callable[[Policy, OfflineBuffer, argparse.Namespace], dict[str, Any]]] = {
+    "ordinary": ordinary,
+    "analyzer": analyzer,
+    "step": step,
+    "torch_func": torch_func,
+    "meter": meter,
+}
+
+
 def main() -> None:
     """Run every part in processes of their own, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--data", default="world:arithmetic/train", help="GSM8K rows, or an embedded world")
+    parser.add_argument("--data", default="world:arithmetic/train", help="a file in GSM8K's format, or a built-in task")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--draws", type=int, default=4096)
     parser.add_argument("--token-budget", type=int, default=1024)
@@ -205,20 +210,18 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
         policy = load_policy(arguments.model)
         buffer = rows_of(policy, arguments)
-        print(json.dumps(globals()[arguments.part](policy, buffer, arguments)))
+        print(json.dumps(PARTS[arguments.part](policy, buffer, arguments)))
         return
     runs: dict[str, list[Any]] = {part: [] for part in PARTS}
     for _ in range(arguments.repeats):
         for part in PARTS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{part} failed: {done.stderr.strip().splitlines()[-1]}")
-            runs[part].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[part].append(run_part(__file__, part, *sys.argv[1:]))
             if not arguments.json:
                 print(part, runs[part][-1], flush=True)
-    seconds = {part: median(run["seconds"] for run in runs[part]) for part in PARTS[1:]}
-    memory = {part: median(run["peak_memory_bytes"] for run in runs[part]) for part in PARTS[1:]}
+    seconds, memory = (
+        {part: median(run[key] for run in some) for part, some in runs.items() if part != "ordinary"}
+        for key in ("seconds", "peak_memory_bytes")
+    )
     forward = median(run["forward_seconds"] for run in runs["ordinary"])
     backward = median(sum(run["backward_seconds"].values()) for run in runs["ordinary"])
     found = {

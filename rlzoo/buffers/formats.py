@@ -105,7 +105,7 @@ def read_buffer(
 
 
 def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, encoding: _Encoding) -> OfflineBuffer:
-    if (storage.local_path(where) / storage.SETTINGS).is_file():
+    if storage.is_folder(where):
         _require_plain(where, split, columns)
         return _saved(where, encoding, bad)
     table = SourceTable.find(where, split)

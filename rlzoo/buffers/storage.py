@@ -73,6 +73,11 @@ def local_path(source: str | Path) -> Path:
     return path if path.exists() else local_copy(str(source), SETTINGS) or path
 
 
+def is_folder(source: str | Path) -> bool:
+    """Whether a source is the folder of a saved buffer, here or on the Hub. Raises UserError as `local_path` does."""
+    return (local_path(source) / SETTINGS).is_file()
+
+
 def read(source: str | Path, bad: BadRows | None = None) -> datasets.Dataset:
     """The rows of a folder, a .parquet or a .jsonl file, or those of a buffer on the Hub, without rows that ``bad``
     drops.

@@ -11,6 +11,7 @@ import datasets.config
 import huggingface_hub.constants
 import rich.table
 
+from rlzoo.buffers import storage
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
 from rlzoo.buffers.tables import SourceTable
@@ -93,7 +94,8 @@ def unchecked(experiment: Experiment) -> list[str]:
             missing[f"the data set {source.source}"] = None
     if (table := experiment.demonstrations_table) is not None:
         try:
-            SourceTable.find(table.source, table.split)
+            if not storage.is_folder(table.source):
+                SourceTable.find(table.source, table.split)
         except UnreachableError:
             missing[f"the data set {table.source}"] = None
     resolve.metrics_of(experiment)
