@@ -201,12 +201,20 @@ def test_a_line_says_how_long_and_what_until_the_work_ends(monkeypatch: pytest.M
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
     lines, details = io.StringIO(), "[red]" + " a long piece of work" * 9
     before = set(threading.enumerate())
+    asked = threading.Semaphore(0)
+
+    def nothing() -> str:
+        asked.release()
+        return ""
+
     with heartbeat.Heartbeat(Console(file=lines), "reading") as beat:
         for told in ("reading", details):
             until = time.monotonic() + 20
             while told not in lines.getvalue() and time.monotonic() < until:
                 time.sleep(0.005)
             beat.report(0.5, details)
+        beat.doing = nothing
+        assert asked.acquire(timeout=20) and asked.acquire(timeout=20), "between two stages: no line"
     assert not set(threading.enumerate()) - before
     first, *_, last = lines.getvalue().splitlines()
     assert re.fullmatch(r"  0:0[01]:\d\d reading", first)

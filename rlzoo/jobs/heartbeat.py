@@ -24,7 +24,7 @@ class Heartbeat:
 
     def __init__(self, console: Console, doing: str) -> None:
         self.doing: Callable[[], str] = lambda: doing
-        """The current activity; called from another thread."""
+        """The current activity, or nothing; called from another thread."""
         self._console, self._ended = console, threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -48,5 +48,5 @@ class Heartbeat:
         started = time.monotonic()
         while not self._ended.wait(EVERY):
             elapsed = timedelta(seconds=round(time.monotonic() - started))
-            line = f"  {elapsed} {self.doing()}"
-            say(self._console, line)
+            if doing := self.doing():  # between two stages there may be nothing to say
+                say(self._console, f"  {elapsed} {doing}")
