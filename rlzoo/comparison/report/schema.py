@@ -299,7 +299,8 @@ def parse_results(data: Any, where: str = "results") -> Results:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise UserError(f"{where}: {field}: {first['msg']}; run `rlzoo compare` again to rewrite it") from None
+        told = f"{field} is missing" if first["type"] == "missing" else f"{field}: {first['msg']}"
+        raise UserError(f"{where}: {told}; run `rlzoo compare` again to rewrite it") from None
 
 
 def _cell(file: Path) -> Any:
