@@ -279,8 +279,8 @@ def test_no_notation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, numbers and signs, on both sides of all that joins them."""
     monkeypatch.setattr(_symbols, "_equal", lambda *_: False)
     sides = ("P", "n", "5", "-1", r"\frac12", "{", "(5, 2)")
-    joints = (r"\choose ", "_", "^", "/", ":", "=", "-", "C", "P_", ",", ".", "e", " of ", " to ", " and ", "_5^")
-    joints += (r"\times 10^", "年", "月", "万", r"\overline{3}", r"\approx ", r"\in ", "!", "(", "*", "°", "'")
+    joints = [r"\choose ", "_", "^", "/", ":", "=", "-", "C", "P_", ",", ".", "e", " of ", " to ", " and ", "_5^"]
+    joints += [r"\times 10^", "年", "月", "万", r"\overline{3}", r"\approx ", r"\in ", "!", "(", "*", "°", "'"]
     texts = [rf"\boxed{{{one}{joint}{other}}}" for one in sides for joint in joints for other in sides]
     assert set(scores("math-answer", texts, answer=[r"\sqrt{777} + 1"] * len(texts))) == {0.0}
 
