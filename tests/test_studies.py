@@ -36,6 +36,8 @@ def test_a_study_is_a_run_that_can_be_reported_again(study: str, tmp_path: Path)
     for row in (*run.results.summary, *run.results.base_summary):
         again = fresh[row.algorithm, row.benchmark, row.metric]
         assert [again[k] for k in ("mean", "ci_low", "ci_high")] == pytest.approx([row.mean, row.ci_low, row.ci_high])
+    order = run.outcomes["algorithm"].unique().to_pylist()
+    assert list(dict.fromkeys(name for name, _, _ in run.matrices)) == order, "of threads, not of rows"
     files = export(contents(run, None), tmp_path, "csv")
     assert len({file.name for file in files}) == len(files) >= 4
     first = list(csv.reader(files[0].open(encoding="utf-8")))

@@ -140,9 +140,8 @@ def _of_retention(outcomes: pa.Table) -> Any:
 def matrices_of(outcomes: pa.Table, k: int | Mapping[str, int]) -> dict[ResultKey, ResultMatrix]:
     """`result_matrices` of all rows, whatever their problem set, and without `OVERALL`."""
     cells = ["algorithm", "benchmark", "decoding"]
-    table = outcomes.group_by([*cells, "seed", "problem_id"]).aggregate(
-        [("correct", "sum"), ("correct", "count"), ("sample", "count_distinct")]
-    )
+    grouped = outcomes.group_by([*cells, "seed", "problem_id"], use_threads=False)  # threads change the order of rows
+    table = grouped.aggregate([("correct", "sum"), ("correct", "count"), ("sample", "count_distinct")])
     column = {name: table[name].to_numpy() for name in table.column_names}
     if np.any(column["sample_count_distinct"] != column["correct_count"]):
         row = int(np.argmax(column["sample_count_distinct"] != column["correct_count"]))

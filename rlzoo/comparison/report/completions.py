@@ -45,7 +45,7 @@ def samples(run: FinishedRun, baseline: str) -> Iterator[Block]:
 
 def first_problems(run: FinishedRun) -> list[Problem]:
     """The first problems by name, taken from each benchmark in turn."""
-    pairs = _sampled(run).group_by(["benchmark", "problem_id"]).aggregate([])
+    pairs = _sampled(run).group_by(["benchmark", "problem_id"], use_threads=False).aggregate([])
     ranked: dict[str, list[str]] = {}
     for row in sorted(pairs.to_pylist(), key=lambda row: row["problem_id"]):
         ranked.setdefault(row["benchmark"], []).append(row["problem_id"])

@@ -210,7 +210,7 @@ def _comparable(runs: Runs, name: str, *pair: str) -> dict[ResultKey, ResultMatr
 def prompts(outcomes: pa.Table, benchmark: str) -> dict[str, str]:
     """The prompt of each problem of a benchmark."""
     own = outcomes.filter(pc.field("benchmark") == benchmark)
-    firsts = own.group_by("problem_id").aggregate([("prompt", "min")]).to_pydict()
+    firsts = own.group_by("problem_id", use_threads=False).aggregate([("prompt", "min")]).to_pydict()
     return dict(zip(firsts["problem_id"], firsts["prompt_min"], strict=True))
 
 
