@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert expected() <= set(names)
     assert {name.split("/")[0] for name in names} == {"rlzoo", "rlzoo-0.1.0.dist-info"}
     assert {"rlzoo/algorithms/sft.py", "rlzoo/worlds/base/model.safetensors"} <= set(names)
-    assert wheel.stat().st_size < 1e7
+    assert wheel.stat().st_size < 2e7, "the outcomes of every study are in it, and grow with each"
 
 
 def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
