@@ -6,29 +6,30 @@ A page is Markdown with markers, each above the table, or the image, that it sta
     <!-- figure: arithmetic training-loss -->
     <!-- comparison: dft sft; rows: arithmetic, facts -->
 
-A table or figure is a study, or a folder of a finished comparison, and a part of its report, by the name that
-`rlzoo results export` gives to its file; a study that is no comparison has its tables as NAME.csv. A comparison is that
-of `rlzoo results compare`, a row per study and benchmark. ``rows`` and ``columns`` leave out the others; ``baseline``
-is that of differences.
+A table or figure is a study, or a folder of a finished comparison or analysis, and a part of its report, by the name
+that `rlzoo results export` gives to its file; other studies have their tables as NAME.csv. A comparison is that of
+`rlzoo results compare`, a row per study and benchmark. ``rows`` and ``columns`` leave out the others; ``baseline`` is
+that of differences.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.differences import across_table
-from rlzoo.comparison.studies import STUDIES, compare_studies, read_study
-from rlzoo.document import Entry, Figure, Table, render_markdown
+from rlzoo.comparison.studies import STUDIES, compare_studies, read_study, study_folder
+from rlzoo.document import Block, Entry, Figure, Table, render_markdown
 from rlzoo.document.drawing import standalone
 from rlzoo.document.exports import named
 from rlzoo.errors import UserError, unknown
 from rlzoo.jobs.outputs import write_atomically
+from rlzoo.variance.report import is_analysis, read_report
 
 MARKER = re.compile(r"^<!-- (table|figure|comparison): (.+?) -->\n((?:\|.*\n)+|!\[.*\n|)", re.M)
 """The kind, the part with its options, and what is below: the lines of a table, an image, or nothing."""
@@ -55,7 +56,13 @@ class Parts:
 @cache
 def parts_of(study: str, baseline: str | None = None) -> Parts:
     """The parts of a study's report. Raises UserError for an unknown study."""
-    return Parts(study, named(contents(read_study(study), baseline)))
+    return Parts(study, named(blocks_of(study, baseline)))
+
+
+def blocks_of(study: str, baseline: str | None = None) -> Iterable[Block]:
+    """The report of a study, or of a folder of a comparison or an analysis. Raises UserError for an unknown study."""
+    folder = study_folder(study)
+    return read_report(folder)[1] if is_analysis(folder) else contents(read_study(study), baseline)
 
 
 @cache
