@@ -22,7 +22,7 @@ PAGES = ("README.md", "docs/results.md", "docs/dft.md", "docs/puzzles.md", "docs
 NUMBER = r"[+−]?\d[\d,.]*"
 ESTIMATE = re.compile(rf"({NUMBER})(?: points?| %)? \[({NUMBER}), ({NUMBER})\]")
 """A number with its interval."""
-P = r"p [=<] [\d.]*\d"
+P = r"p [=<] [\d.]*\d(?![\d/])"
 TESTED = re.compile(rf"{ESTIMATE.pattern}(?:, |[^.;()\[\]]*\()({P})")
 """A number with its interval and its p-value, in a table or in a sentence."""
 MEASURED = re.compile(rf"({NUMBER})(?= (?:%|(?:points?|per cent|nats)\b))")
@@ -143,10 +143,12 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
-    titles = re.findall(
-        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), flags=re.M
-    )
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return {anchor(title) for title in re.findall(r"^#+ (.+)$", text, flags=re.M)}
+
+
+def anchor(title: str) -> str:
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 @pytest.mark.slow
@@ -194,23 +196,26 @@ def with_p_values(text: str) -> Iterator[tuple[object, ...]]:
 
 
 def sections(text: str) -> Iterator[tuple[str, str, list[str]]]:
-    """The sections of a page, and the rows that lead to one: heading, prose, and the studies that it is about.
+    """The sections of a page, and rows that lead to one: heading, prose, and the studies of it and of where it links.
 
     Prose is what is neither made by a marker nor code, nor a number with an interval.
     """
     known = {*studies.list_studies(), *studies.list_analyses()}
-    found = {}
-    for part in filter(None, re.split(r"^(?=## )", text, flags=re.MULTILINE)):
-        named = [name for _, told, _ in pages.MARKER.findall(part) if (name := re.split("[ ;]", told)[0]) in known]
-        named += [name for name in re.findall(r"\| `([\w-]+)` \|", part) if name in known]
-        found[part.partition("\n")[0].lstrip("# ")] = part, sorted(set(named))
-    by_anchor = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-"): named for h, (_, named) in found.items()}
-    for heading, (part, named) in found.items():
+    parts = list(filter(None, re.split(r"^(?=## )", text, flags=re.MULTILINE)))
+    own: dict[str, set[str]] = {}
+    for part in parts:
+        told = [re.split("[ ;]", told)[0] for _, told, _ in pages.MARKER.findall(part)]
+        own[anchor(heading_of(part))] = {*told, *re.findall(r"\| `([\w-]+)` \|", part)} & known
+    for part in parts:
         rows = re.findall(r"^\|.*\]\(#[\w-]+\) \|$", part, flags=re.MULTILINE)
-        for row in rows:
-            yield row, prose(row), by_anchor[row.rpartition("(#")[2].partition(")")[0]]
-            part = part.replace(row, "")
-        yield heading, prose(part), named
+        rest = re.sub("|".join(map(re.escape, rows)), "", part) if rows else part
+        for one in (*rows, rest):
+            links = {anchor(heading_of(part)) if one is rest else "", *re.findall(r"\]\(#([\w-]+)\)", one)}
+            yield heading_of(one), prose(one), sorted(set().union(*(own.get(link, set()) for link in links)))
+
+
+def heading_of(part: str) -> str:
+    return part.partition("\n")[0].lstrip("# ")
 
 
 def prose(text: str) -> str:
