@@ -21,7 +21,7 @@ from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_policy
 from rlzoo.policy.microbatches import FirstPass, Forward, MicroBatches
 from rlzoo.policy.policy import Policy
-from rlzoo.policy.sequences import Tokens, learned, learned_tokens
+from rlzoo.policy.sequences import Tokens, learned, learned_tokens, length
 from rlzoo.types import TokenBatch, Trajectory, Unit, selector_of
 
 Units = Sequence[tuple[int, ...]]
@@ -233,7 +233,9 @@ class _Context:
     def log_probs(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
         if rows is None and model is self.policy:
             return self.now()
-        return self.assembler.log_probs(model, self.rows if rows is None else rows)["logp"]
+        rows = self.rows if rows is None else rows
+        _check_positions(model, rows)
+        return self.assembler.log_probs(model, rows)["logp"]
 
     def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
         requires = () if self.objective is None else self.objective.requires
@@ -269,7 +271,7 @@ class _Context:
         ):
             values = [value[0] for value in values]  # a buffer stores one number per row as a list
         if not any(isinstance(value, Sequence) for value in values):
-            return on_device(torch.tensor(values), device)
+            return on_device(torch.as_tensor(np.asarray(values)), device)  # in float64, as rewards are
         table = torch.zeros(self.mask.shape)
         for place, (value, row) in enumerate(zip(values, self.rows, strict=True)):
             if not isinstance(value, Sequence) or len(value) != len(row.completion_ids):
@@ -334,6 +336,19 @@ def _groups(rows: Sequence[Trajectory], units: Units, kind: Unit) -> list[int]:
                 keys[row] = number
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for key in keys]
+
+
+def _check_positions(model: Policy, rows: Sequence[Trajectory]) -> None:
+    """Raise UserError naming a row that has more tokens than a model has positions.
+
+    Rows of a buffer have been checked for the policy; those with another prompt, and other models, have not.
+    """
+    limit, longest = model.positions, max(rows, key=length, default=None)
+    if limit is not None and longest is not None and length(longest) > limit:
+        raise UserError(
+            f"an input of the objective scores {length(longest)} tokens for a row of prompt {longest.prompt_id!r}, and "
+            f"its model has {limit} positions: drop the row, or cut it"
+        )
 
 
 def _padded(values: Sequence[Float[Tensor, " n"]]) -> Float[Tensor, "R T"]:
