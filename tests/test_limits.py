@@ -88,7 +88,7 @@ def test_more_tokens_than_positions_name_the_row(policy: Policy) -> None:
 
 
 def test_what_an_input_makes_longer_than_the_positions(policy: Policy) -> None:
-    """Each row fits: a mismatched pair that does not is left out, and a longer prompt is an error that names the row."""
+    """Each row fits: a mismatched pair that does not is left out, and a longer prompt is an error that names it."""
     rows = [
         Trajectory("p", "c", [5] * n, [7] * k, f"q{n}", "policy", 1.0, behaviour_logp=[-1.0] * k, columns={"answer": 1})
         for n, k in ((60, 4), (3, 61), (8, 5), (9, 6))
@@ -99,7 +99,7 @@ def test_what_an_input_makes_longer_than_the_positions(policy: Policy) -> None:
     buffer = OfflineBuffer.from_trajectories(rows)
     record = train(policy, get_objective("kto"), buffer, Training(steps=2, batch_size=4))
     assert [math.isfinite(step["kl"]) for step in record.steps] == [True, True]
-    with pytest.raises(UserError, match=r"^an input of the objective scores \d+ tokens for a row of prompt 'q3', .* 64"):
+    with pytest.raises(UserError, match=r"^an input of the objective scores \d+ tokens for .* prompt 'q3', .* 64"):
         train(policy, get_objective("sdft"), buffer, Training(steps=1, batch_size=4))
 
 

@@ -71,7 +71,8 @@ class FromDemonstration(Input):
 class Outcome(Input):
     """``outcome`` [B]: the reward of the completion; ``demonstrations`` for demonstrations without a reward.
 
-    In float64, as rewards are. Unlike ``reward``, which a batch has only if all its rows have one. Raises UserError for samples without a reward.
+    In float64, as ``reward`` is, which a batch has only if all its rows have one. Raises UserError for samples without
+    a reward.
     """
 
     stage: ClassVar[Stage] = Stage.STORED

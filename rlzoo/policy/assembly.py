@@ -321,8 +321,8 @@ def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Boo
     """True at learned tokens [B, T]; with ``masks_truncated``, False throughout truncated rows."""
     lengths = list(map(learned_tokens, rows))
     mask = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
-    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        mask[place, : 0 if masks_truncated and row.truncated else length] = True
+    for place, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
+        mask[place, : 0 if masks_truncated and row.truncated else tokens] = True
     return mask
 
 
