@@ -96,15 +96,17 @@ class Assembler:
         on_forward: Callable[[Policy, Sequence[Tokens]], None] | None = None,
         remember: bool = False,
         first: FirstPass | None = None,
+        progress: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """``on_forward`` is called with the model and rows of every forward pass without a graph, to count costs.
 
         With ``remember``, each model's log-probs of a row are computed once and cached: for models that do not change.
-        ``first`` keeps the first pass of the policy's own log-probs for the gradient of the same rows.
+        ``first`` keeps the first pass of the policy's own log-probs for the gradient of the same rows. ``progress``
+        returns the fraction of training that is done.
         """
         self.policy, self.models = policy, models or Models(policy)
         self.micro = micro or MicroBatches(8192)
-        self.first = first
+        self.first, self.progress = first, progress
         self._on_forward = on_forward
         self._known: dict[tuple[int, int], tuple[Tokens, dict[str, Tensor]]] | None = {} if remember else None
 
@@ -223,6 +225,10 @@ class _Context:
     def own(self) -> Policy:
         assert self.input is not None
         return self.assembler.models.own(self.input)
+
+    @property
+    def progress(self) -> float:
+        return self.assembler.progress()
 
     def model(self, name: str | None) -> Policy:
         return self.assembler.models.of(name)
