@@ -51,6 +51,7 @@ OBJECTIVES = {
     "whole_only": "WholeOnly",
     "rarely_solved": "Hard",
     "annealed": "Annealed",
+    "weighted_entropy": "WeightedEntropy",
 }
 SAMPLERS = {"replaying": "Replaying"}
 SETTINGS = Training(steps=4, batch_size=4, learning_rate=1e-3, checkpoint_seconds=0.0)
@@ -161,14 +162,25 @@ LOSSES: Mapping[str, Any] = {
     "whole_only": lambda b: over_tokens(b.logp[b.mask & ~b["truncated"][:, None]], b),
     "rarely_solved": lambda b: over_tokens(b.logp[b.mask], b),
     "annealed": lambda b: over_tokens((b["progress"] * b.logp[b.mask]).detach().exp() * b.logp[b.mask], b),
+    "weighted_entropy": None,
 }
+
+
+def weighted_entropy(batch: TokenBatch, logits: torch.Tensor, _: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses = []
+    for row, t in batch.mask.nonzero().tolist():
+        p = logits[row, t].softmax(0)
+        losses.append(-p[target[row, t]].log() - batch["token_reward"][row, t] * -(p * p.log()).sum())
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.slow
 @over_objectives
 def test_a_plugin_passes_the_contract(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
-    check_objective(get_objective(spec(plugin), **options(plugin, tmp_path / "teacher")), LOSSES[plugin])
+    objective = get_objective(spec(plugin), **options(plugin, tmp_path / "teacher"))
+    in_logits = weighted_entropy if objective.has_logit_term else None
+    check_objective(objective, LOSSES[plugin], loss_in_logits=in_logits)
 
 
 def test_a_head_of_ones_own_learns(tmp_path: Path) -> None:

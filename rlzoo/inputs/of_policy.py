@@ -96,7 +96,7 @@ class Snapshot(Input):
 
 
 @dataclass(frozen=True)
-class Progress(Input):
+class TrainingProgress(Input):
     """``progress``, a scalar: the fraction of training that is done, for coefficients that change in training.
 
     0 at the first step and, unless it is told, in the variance analyzer; below 1 at the last.

@@ -20,7 +20,7 @@ from rlzoo.jobs.interrupts import pending, raise_signal, signals_deferred
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.jobs.restarts import can_restart
-from rlzoo.objective import Component, Objective, reduce, surrogate_of
+from rlzoo.objective import Component, Objective, surrogate_of
 from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
@@ -368,15 +368,13 @@ class Trainer:
             else coefficients_of_rows(coefficients, place, part)
         )
         if (cap := self.settings.importance_cap) is not None:
-            own = replace(own, values=own.values * truncated_importance([rows[i] for i in index], part.mask, cap))
-        loss = surrogate_of(own, objective, part, denominator)
-        if output.term is not None:
-            loss = loss + reduce(output.term, part, objective.normaliser, denominator)
+            own = own.weighted(truncated_importance([rows[i] for i in index], part.mask, cap))
+        loss = surrogate_of(own, objective, part, denominator, output.term)
         for value in others:  # other components' modules: every process must have all gradients
             loss = loss + 0.0 * value.sum()
         torch.autograd.backward(drawn.component.weight * loss)
         if output.term is not None:
-            own = replace(own, metrics={**own.metrics, "logit_term": output.term})
+            own = replace(own, metrics={**own.metrics, "logit_term": own.of_term(output.term, part.mask)})
         sums.add(objective, part, own, loss, denominator)
 
     def _logits_of(self, objective: Objective) -> Policy | None:

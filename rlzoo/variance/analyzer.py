@@ -72,8 +72,8 @@ def analyze_variance(
     from a token's text to its class, or its name; with ``class_gradients``, what each class contributes to the variance
     is measured, which takes a backward pass per objective and class. Log-probs of the initial policy are taken from the
     buffer, else from ``reference``, else from the policy itself, as at the start of a run; ``models`` are those of a
-    run in progress, of which the fraction ``trained`` is done. Modules of inputs that the policy lacks, such as a critic, are initialised as at the start of a
-    run.
+    run in progress, of which the fraction ``trained`` is done. Modules of inputs that the policy lacks, such as a
+    critic, are initialised as at the start of a run.
 
     Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient per objective, at most
     ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives take further passes over the data, and

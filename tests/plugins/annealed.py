@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlzoo.inputs import Input, Progress
+from rlzoo.inputs import Input, TrainingProgress
 from rlzoo.objective import Objective
 from rlzoo.types import Coefficients, TokenBatch
 
@@ -13,7 +13,7 @@ class Annealed(Objective):
     """Annealed DFT: c_t = p_t^a, where a is the fraction of training that is done."""
 
     name: ClassVar[str] = "annealed"
-    requires: ClassVar[tuple[Input, ...]] = (Progress(),)
+    requires: ClassVar[tuple[Input, ...]] = (TrainingProgress(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         exponent = batch["progress"]
