@@ -139,6 +139,12 @@ def test_help_fits_80_columns_and_ends_with_examples_that_parse(
         assert words[0] == command and parsed(words) is not None
 
 
+def test_a_tilde_that_the_shell_leaves_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = parsed(["compare", "--out=~/runs/mine"])
+    assert command is not None and command.keywords["out"] == tmp_path / "runs" / "mine"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rlzoo {version('rlzoo')}\n"

@@ -196,7 +196,7 @@ def test_a_fresh_batch_is_not_sampled_again_for_what_no_other_batch_cures(make_p
     source.draw()
     lacks["reward"] = None  # a later batch may consist of problems that the reward does not apply to
     asked.clear()
-    with pytest.raises(UserError, match="8 fresh batches in a row .* no rewards"):
+    with pytest.raises(UserError, match=r"8 fresh batches in a row .* no rewards"):
         source.draw()
     assert asked == [1] * 8
 
