@@ -192,7 +192,7 @@ def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
 def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, dict[str, Any]]:
     """`view_of` with another view in place of the objective's own, with as many rows per unit.
 
-    Raises UserError for an unknown view, and for one that the objective cannot learn from.
+    Raises UserError for an unknown view, for wrong options, and for a view that the objective cannot learn from.
     """
     own, options = view_of(objective)
     other, name = builtin(other), name_of_view(other)
@@ -211,4 +211,6 @@ def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, di
         raise UserError(
             f"learns_from: rows of the view {name!r} may have no reward, and {objective.name!r} learns from rewards"
         )
-    return other, {key: value for key, value in options.items() if key in KEPT_OPTIONS and value}
+    kept = {key: value for key, value in options.items() if key in KEPT_OPTIONS and value}
+    check_options(it, kept)
+    return other, kept

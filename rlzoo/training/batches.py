@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from rlzoo.buffers import Buffer, View
+from rlzoo.buffers.views import check_options
 from rlzoo.config import Training
 from rlzoo.errors import EmptyViewError, UnscoredError, UserError
 from rlzoo.inputs import Input
@@ -19,7 +20,7 @@ from rlzoo.jobs.memory import on_device
 from rlzoo.objective import Component, Objective, view_of
 from rlzoo.policy.sequences import learned_tokens
 from rlzoo.training.state import resumable
-from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
+from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView, selector_of
 
 Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
 """Rows, and their units as indices into them."""
@@ -132,8 +133,11 @@ Views = Sequence[tuple[WhichView, Mapping[str, Any]]]
 
 
 def views_of(objective: Objective) -> Views:
-    """The views of an objective's components."""
-    return [view_of(component.objective) for component in objective.components]
+    """The views of an objective's components. Raises UserError for wrong options."""
+    views = [view_of(component.objective) for component in objective.components]
+    for which, options in views:
+        check_options(selector_of(which), options)
+    return views
 
 
 def shares(batch_size: int, components: int) -> list[int]:
