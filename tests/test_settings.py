@@ -32,7 +32,16 @@ from rlzoo.cli import app, settings
 from rlzoo.cli.settings import TrainSettings, check_validation
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
-from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
+from rlzoo.config import (
+    EvaluationSettings,
+    Experiment,
+    ProblemSource,
+    Rollouts,
+    Sampling,
+    Training,
+    VarianceSettings,
+    load_experiment,
+)
 from rlzoo.config import settings as config
 from rlzoo.config.validation import Strict
 from rlzoo.errors import UserError
@@ -48,7 +57,6 @@ from rlzoo.training import Trainer, train
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Trajectory
 from rlzoo.variance.analyzer import analyze_variance
-from rlzoo.variance.run import VarianceSettings
 
 MakePolicy = Callable[..., Policy]
 Test = TypeVar("Test", bound=Callable[..., Any])

@@ -28,7 +28,7 @@ from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
 from rlzoo.jobs.places import ENDED, JOURNAL, LOCK, RECORD, STATE
 from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.sharing import CARD
-from rlzoo.jobs.sources import data_files, kind_of_file
+from rlzoo.jobs.sources import data_files, kind_of_file, path_of
 from rlzoo.registry import one_line
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
@@ -184,7 +184,7 @@ def _files(value: Any) -> dict[str, list[Any]]:
     if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
         return {}
     of_code = re.match(r"(?:\w+:)?(.+\.py)[:@]", value)  # file.py:Name, inspect:file.py@name
-    path = Path(of_code[1] if of_code else value).expanduser()
+    path = path_of(of_code[1] if of_code else value)
     try:
         if path.suffix in _CODE and path.is_file():
             files = [path]
