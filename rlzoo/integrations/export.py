@@ -28,6 +28,7 @@ ABSENT = {
     "policy": "the policy as an object",
     "own": "a moving average of the policy's weights",
     "encode": "how prompts are encoded",
+    "progress": "how far training has come",
 }
 """What only rlzoo's own trainer can tell an input, for messages."""
 UNIT_NAMES = {Unit.ROW: "single rows", Unit.PAIR: "pairs", Unit.GROUP: "groups of samples"}

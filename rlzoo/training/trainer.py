@@ -119,7 +119,9 @@ class Trainer:
         self._first = FirstPass(self._savings)
         first = self._first if not is_sharded(policy) and keeps_first_pass(objective, settings) else None
         count = partial(self._count, passes=1)  # also of a pass that is kept: costs do not depend on micro-batches
-        self.assembler = Assembler(policy, self.models, self.micro, count, first=first)
+        self.assembler = Assembler(
+            policy, self.models, self.micro, count, first=first, progress=lambda: self.progress.fraction
+        )
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
             if (found := self.checkpoints.newest(like_of(self))) is not None:
