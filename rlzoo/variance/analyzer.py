@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlzoo.buffers import Buffer
-from rlzoo.config import TokenBudget
+from rlzoo.config import LEAST_DRAWS, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.ranks import is_sharded
@@ -151,8 +151,8 @@ def _described(
 def _check(rows: int, draws: int, seed: int, means_held: int | None) -> None:
     if means_held is not None and means_held < 2:
         raise UserError(f"means_held = {means_held}: at least 2 are needed, an objective's and the baseline's")
-    if rows < 1 or 0 < draws < 2 * BLOCKS or draws < 0:
-        raise UserError(f"rows must be at least 1 and draws 0 or at least {2 * BLOCKS}, got {rows} and {draws}")
+    if rows < 1 or 0 < draws < LEAST_DRAWS or draws < 0:
+        raise UserError(f"rows must be at least 1 and draws 0 or at least {LEAST_DRAWS}, got {rows} and {draws}")
     if seed < 0:
         raise UserError(f"seed = {seed}: give 0 or more")
 
