@@ -530,7 +530,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(
     lines = [line for line in ended.errors.splitlines() if not BEAT.match(line)]
     *waiting, last = lines[1 + next(n for n, line in enumerate(lines) if "base model: " in line) :]
     assert last == f"rlzoo: interrupted; {kept}"
-    assert [line for line in waiting if not line.startswith("stopping; ")] == []
+    assert [line for line in waiting if not line.startswith("stopping ")] == []
     assert any(tmp_path.rglob("step-*.result"))
     waits_for(lambda: _group_is_gone(run.pid))
 
