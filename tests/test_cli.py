@@ -102,6 +102,18 @@ def test_help_and_wrong_settings_import_nothing_heavy() -> None:
     assert max(map(len, run.stdout.splitlines())) <= 80
 
 
+def test_results_are_read_without_torch() -> None:
+    code = (
+        "import sys\nfrom rlzoo.cli import main\n"
+        "assert main(['results', 'list']) == 0\n"
+        "assert main(['report', 'nowhere']) == main(['serve', 'nowhere']) == 2\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_notebook_gets_lines_in_place_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.delenv("TTY_COMPATIBLE")  # what `main` sets is unset again after the test

@@ -42,10 +42,12 @@ def list_(
     from rlzoo.jobs.progress import loading
 
     with loading():
-        from rlzoo.cli.curves import show_curves
-        from rlzoo.cli.objectives_page import objectives_page
-
-        found = catalogue()
+        if curves:
+            from rlzoo.cli.curves import show_curves
+        elif markdown:
+            from rlzoo.cli.objectives_page import objectives_page
+        else:
+            found = catalogue()
     if curves:
         show_curves(out)
     elif markdown:
