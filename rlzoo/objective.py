@@ -138,9 +138,10 @@ class Objective:
         reference_logits: Float[Tensor, "N V"] | None,
         target: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"] | None:
-        """A weighted loss over the full vocabulary, [N] for logits [N, V], computed chunk by chunk in the head.
+        """A loss over the full vocabulary, [N] for logits [N, V], computed chunk by chunk in the head.
 
-        ``reference_logits`` is None unless the objective requires `ReferenceLogits`.
+        ``reference_logits`` is None unless the objective requires `ReferenceLogits`. What depends on more than the
+        logits of a position, such as an advantage, is a weight: `Coefficients.logit_weight`.
         """
         return None
 
@@ -326,15 +327,20 @@ def reduce(
 
 
 def surrogate(
-    objective: Objective, batch: TokenBatch, denominator: float | None = None, progress: float = 0.0
+    objective: Objective,
+    batch: TokenBatch,
+    denominator: float | None = None,
+    progress: float = 0.0,
+    term: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """The surrogate loss, a scalar: -Σ (c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     Its gradient is that of the paper's loss; its value need not be (see `Coefficients.loss`). ``denominator`` is Z of
     the whole optimizer step; None applies the objective's normaliser to this batch. The components of a composite all
     get this batch, with their weights once the fraction ``progress`` of training is done; since each has its own
-    normaliser, a composite takes no ``denominator`` (ValueError). A batch without advantages is prepared first. If all
-    tokens are masked the loss is 0, with a warning.
+    normaliser, a composite takes no ``denominator`` (ValueError). A batch without advantages is prepared first.
+    ``term`` is the value of the objective's `logit_term` at each token, with its graph. If all tokens are masked the
+    loss is 0, with a warning.
     """
     if denominator is not None and is_composite(type(objective)):
         raise ValueError(f"objective {objective.name!r} is a composite: each of its components has its own denominator")
@@ -346,12 +352,16 @@ def surrogate(
             own = fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})  # with their graph
         coefficients = component.objective.coefficients(own.detach())
         weight = component.at(progress).weight
-        losses.append(weight * surrogate_of(coefficients, component.objective, own, denominator))
+        losses.append(weight * surrogate_of(coefficients, component.objective, own, denominator, term))
     return torch.stack(losses).sum()
 
 
 def surrogate_of(
-    coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: Tensor | float | None = None
+    coefficients: Coefficients,
+    objective: Objective,
+    batch: TokenBatch,
+    denominator: Tensor | float | None = None,
+    term: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """`surrogate` of one objective for given coefficients.
 
@@ -367,8 +377,10 @@ def surrogate_of(
     loss = -reduce(values * batch.logp, batch, normaliser, denominator)
     live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim == 2}
     batch = batch.replace(**{key: torch.where(batch.mask, value, 0) for key, value in live.items()})
-    for term in objective.auxiliary(batch).values():
-        loss = loss + reduce(term, batch, normaliser, denominator)
+    for one in objective.auxiliary(batch).values():
+        loss = loss + reduce(one, batch, normaliser, denominator)
+    if term is not None:
+        loss = loss + reduce(coefficients.of_term(term, batch.mask), batch, normaliser, denominator)
     return loss
 
 
@@ -377,6 +389,8 @@ def _check_coefficients(found: object, objective: Objective, batch: TokenBatch) 
     if not isinstance(found, Coefficients):
         what = f"returned {type(found).__name__}: return rlzoo.Coefficients(values)"
         raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
-    if (shape := tuple(found.values.shape)) != tuple(batch.mask.shape):
-        what = f"gives values of shape {list(shape)}: give one per token, [B, T], here {list(batch.mask.shape)}"
-        raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
+    shape = batch.mask.shape
+    for name, value in (("values", found.values), ("logit_weight", found.logit_weight)):
+        if value is not None and value.shape != shape:
+            what = f"gives {name} of shape {list(value.shape)}: give one per token, [B, T], here {list(shape)}"
+            raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")

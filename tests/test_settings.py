@@ -79,6 +79,7 @@ ELSEWHERE = {
     "--host": "test_serve.py::test_it_serves_until_it_is_interrupted",
     "--port": "test_serve.py::test_it_serves_until_it_is_interrupted",
     "--open": "test_serve.py::test_the_address_is_opened_in_a_browser_if_there_is_one",
+    "--reuse": "test_compare.py::test_a_comparison_with_more_rows_or_seeds_takes_the_cells_that_another_has",
     "--public": "test_cards.py::test_a_trained_model_is_pushed",
     "--push-to-hub": "test_cards.py::test_a_trained_model_is_pushed",
     "--max-completion-tokens": "test_importing.py::test_verl",

@@ -62,6 +62,11 @@ class Context(Protocol):
         """The input's moving model."""
         ...
 
+    @property
+    def progress(self) -> float:
+        """The fraction of training that is done: 0 at the first step, and where nothing is trained."""
+        ...
+
     def model(self, name: str | None) -> Policy:
         """A frozen model listed in `Input.models`; None: the initial policy. Raises UserError for any other name."""
         ...
@@ -180,7 +185,9 @@ class Input:
     def after_step(self, context: Context) -> None:
         """Called after every optimizer step; the context has no rows."""
 
-    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"] | Float[Tensor, " B"]:
+    def example(
+        self, logp: Float[Tensor, "B T"], draw: torch.Generator
+    ) -> Float[Tensor, "B T"] | Float[Tensor, " B"] | Float[Tensor, ""]:
         """Plausible random values for these log-probs, for `rlzoo.testing`; by default log-probs near them."""
         return logp + 0.4 * normal(logp.shape, draw)
 

@@ -49,7 +49,8 @@ def check_objective(
     ``loss`` gets a batch [B, T] with everything that ``requires`` lists, log-probs in nats and float64, and garbage at
     masked positions. Its gradient with respect to log-probs and outputs of modules must be that of the objective, and
     its value the loss that the objective reports; without it neither is checked. The loss of an objective with a
-    `logit_term` is ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
+    `logit_term` is ``loss_in_logits(batch, logits [B, T, V], reference logits [B, T, V], target [B, T])``, with a batch
+    without log-probs.
 
     Also checked: masked positions, also between tokens, detached coefficients, the order of rows, padding,
     micro-batches, batches with all tokens masked, float32 and bfloat16; and, unless ``through_trainer`` is False,
