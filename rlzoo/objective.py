@@ -25,15 +25,7 @@ from rlzoo.config.schedules import Schedule
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.registry import Registry, one_line
-from rlzoo.types import (
-    Coefficients,
-    Coupling,
-    Selection,
-    TokenBatch,
-    Unit,
-    WhichView,
-    selector_of,
-)
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Unit, WhichView, over, selector_of
 from rlzoo.types import Normaliser as Normaliser
 
 
@@ -128,8 +120,11 @@ class Objective:
         """The coefficient c_t of each token, [B, T], from a batch without a graph. The one method that is required."""
         raise NotImplementedError(f"{type(self).__name__} must define coefficients(batch)")
 
-    def auxiliary(self, batch: TokenBatch) -> Mapping[str, Float[Tensor, "B T"]]:
-        """Further losses by name, each [B, T] with its weight and its graph; the normaliser reduces them."""
+    def auxiliary(self, batch: TokenBatch) -> Mapping[str, Float[Tensor, "B T"] | Float[Tensor, " B"]]:
+        """Further losses by name, each [B, T], or [B] per row, with its weight and its graph.
+
+        The normaliser reduces them.
+        """
         return {}
 
     def logit_term(
@@ -365,7 +360,7 @@ def surrogate_of(
 ) -> Float[Tensor, ""]:
     """`surrogate` of one objective for given coefficients.
 
-    Raises UserError if the objective returned anything but one coefficient per token.
+    Raises UserError for anything but one coefficient per token, and one auxiliary loss per token or row.
     """
     _check_coefficients(coefficients, objective, batch)
     normaliser = objective.normaliser
@@ -375,9 +370,11 @@ def surrogate_of(
             warnings.warn("every token of the batch is masked: the loss is 0", stacklevel=2)
     values = torch.where(batch.mask, coefficients.values, 0)  # padding may hold anything, even NaN
     loss = -reduce(values * batch.logp, batch, normaliser, denominator)
-    live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim == 2}
-    batch = batch.replace(**{key: torch.where(batch.mask, value, 0) for key, value in live.items()})
-    for one in objective.auxiliary(batch).values():
+    live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim > 1}
+    batch = batch.replace(**{key: torch.where(over(batch.mask, value), value, 0) for key, value in live.items()})
+    for name, one in objective.auxiliary(batch).items():
+        if one.shape != batch.mask.shape[:1]:
+            _check_per_token(one, f"auxiliary(batch) gives {name!r}", objective, batch)
         loss = loss + reduce(one, batch, normaliser, denominator)
     if term is not None:
         loss = loss + reduce(coefficients.of_term(term, batch.mask), batch, normaliser, denominator)
@@ -385,12 +382,17 @@ def surrogate_of(
 
 
 def _check_coefficients(found: object, objective: Objective, batch: TokenBatch) -> None:
-    """Raise UserError unless they are `Coefficients` of the batch's shape: another might be broadcast in silence."""
+    """Raise UserError unless they are `Coefficients` with one value per token."""
     if not isinstance(found, Coefficients):
         what = f"returned {type(found).__name__}: return rlzoo.Coefficients(values)"
         raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
-    shape = batch.mask.shape
-    for name, value in (("values", found.values), ("logit_weight", found.logit_weight)):
-        if value is not None and value.shape != shape:
-            what = f"gives {name} of shape {list(value.shape)}: give one per token, [B, T], here {list(shape)}"
-            raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
+    _check_per_token(found.values, "coefficients(batch) gives values", objective, batch)
+    if found.logit_weight is not None:
+        _check_per_token(found.logit_weight, "coefficients(batch) gives logit_weight", objective, batch)
+
+
+def _check_per_token(value: Tensor, what: str, objective: Objective, batch: TokenBatch) -> None:
+    """Raise UserError unless there is one value per token: another shape might be broadcast in silence."""
+    if value.shape != (shape := batch.mask.shape):
+        wrong = f"{what} of shape {list(value.shape)}: give one per token, [B, T], here {list(shape)}"
+        raise UserError(f"objective {objective.name!r}: {wrong}")

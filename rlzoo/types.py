@@ -159,7 +159,7 @@ class TokenBatch:
     """Row index of the other half of a pair."""
     chosen: Bool[Tensor, " B"] | None
     """True for the better half of a pair."""
-    inputs: Mapping[str, Float[Tensor, "B T"] | Float[Tensor, " B"] | Float[Tensor, ""]]
+    inputs: Mapping[str, Float[Tensor, "B T ..."] | Float[Tensor, " B"] | Float[Tensor, ""]]
     """Inputs by key, and values that `Objective.prepare` adds, such as returns."""
 
     def __init__(
@@ -188,8 +188,10 @@ class TokenBatch:
         vars(self).update(values)
         rows, length = mask.shape
         for name, value in self._tensors().items():
-            expected = [(rows, length)] if name in ("logp", "advantage") else [(rows, length), (rows,)]
-            if tuple(value.shape) not in (expected if name in _OWN else [*expected, ()]):
+            expected = [(rows, length), *([] if name in ("logp", "advantage") else [(rows,)])]
+            if name not in _OWN:  # an input may be a scalar, or have further axes
+                expected += [(), (rows, length, *value.shape[2:])]
+            if tuple(value.shape) not in expected:
                 raise ValueError(f"TokenBatch.{name} has shape {tuple(value.shape)}, expected {expected[0]}")
 
     def __getitem__(self, key: str) -> Tensor:
@@ -245,6 +247,11 @@ class TokenBatch:
             place[index] = torch.arange(len(index), device=index.device)
             values["partner"] = place[self.partner[index]]
         return self.replace(**values)
+
+
+def over(mask: Float[Tensor, "B T"] | Bool[Tensor, "B T"], value: Float[Tensor, "B T ..."]) -> Tensor:
+    """A mask or a weight per token with as many axes as a value per token, so that the two broadcast."""
+    return mask[(..., *[None] * (value.ndim - 2))]
 
 
 _OWN = ("logp", "mask", "advantage", "reward", "group", "partner", "chosen")

@@ -52,6 +52,7 @@ OBJECTIVES = {
     "rarely_solved": "Hard",
     "annealed": "Annealed",
     "weighted_entropy": "WeightedEntropy",
+    "near_the_start": "NearTheStart",
 }
 SAMPLERS = {"replaying": "Replaying"}
 SETTINGS = Training(steps=4, batch_size=4, learning_rate=1e-3, checkpoint_seconds=0.0)
@@ -163,6 +164,10 @@ LOSSES: Mapping[str, Any] = {
     "rarely_solved": lambda b: over_tokens(b.logp[b.mask], b),
     "annealed": lambda b: over_tokens((b["progress"] * b.logp[b.mask]).detach().exp() * b.logp[b.mask], b),
     "weighted_entropy": None,
+    "near_the_start": lambda b: (
+        over_tokens(b.logp[b.mask], b)
+        + 0.5 * (b["states"][b.mask] - b["first_states"][b.mask].detach()).square().sum() / b.mask.sum()
+    ),
 }
 
 

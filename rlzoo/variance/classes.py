@@ -27,7 +27,7 @@ from rlzoo.policy import MicroBatches
 from rlzoo.policy.chat import turn_of
 from rlzoo.policy.sequences import learned
 from rlzoo.registry import Registry, one_line
-from rlzoo.types import Trajectory
+from rlzoo.types import Trajectory, over
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.intervals import Estimate, estimated, nothing, student
 from rlzoo.variance.noise import FEWEST, HIDDEN, TOO_FEW, Units, data_noise, is_hidden
@@ -214,7 +214,7 @@ def _part(task: Task, mask: torch.Tensor) -> Task:
     return replace(
         task,
         weight=task.weight * mask,
-        input_weights={key: own * mask for key, own in task.input_weights.items()},
+        input_weights={key: own * over(mask, own) for key, own in task.input_weights.items()},
         term_weight=None if task.term_weight is None else task.term_weight * mask,
     )
 

@@ -254,7 +254,7 @@ def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subje
         """Spread values of the objective's rows over all rows."""
         if part is None:
             return None
-        whole = part.new_zeros(len(scored.rows), max(map(learned_tokens, scored.rows)))
+        whole = part.new_zeros(len(scored.rows), max(map(learned_tokens, scored.rows)), *part.shape[2:])
         whole[torch.tensor(chosen, device=part.device), : part.shape[1]] = part
         return whole
 
