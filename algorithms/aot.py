@@ -18,15 +18,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from rlzoo.bases import PairLoss, PairObjective, Rows, check_smoothing, logistic, total
-from rlzoo.inputs import Input, Reference
+from rlzoo.bases import PairLoss, ReferencePairObjective, Rows, check_smoothing, logistic, total
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, Coupling, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class AOT(PairObjective):
+class AOT(ReferencePairObjective):
     """Alignment by optimal transport: c_t = ±β σ(-β (u_(k) - v_(k))), of sorted values."""
 
     name: ClassVar[str] = "aot"
@@ -34,20 +33,16 @@ class AOT(PairObjective):
     source: ClassVar[str] = "arXiv 2406.05882"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
     variant: Literal["paired", "unpaired"] = "paired"
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_smoothing(self, self.label_smoothing)
-
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         reference, chosen = self.needed(batch, "reference_logp", "chosen")
-        score = total(batch, batch.logp - reference)
+        score = self.log_ratio(batch)
         if self.variant == "paired":
             of_policy, of_reference = (self.sides(batch, total(batch, x)) for x in (batch.logp, reference))
             left, right = of_policy[0] - of_policy[1], of_reference[0] - of_reference[1]

@@ -15,31 +15,24 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rlzoo.bases import PairLoss, PairObjective, total
-from rlzoo.inputs import Input, Reference
+from rlzoo.bases import PairLoss, ReferencePairObjective
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class APO(PairObjective):
+class APO(ReferencePairObjective):
     """Anchored preference optimisation: c_t = ±β σ(r) σ(-r), and its variant down."""
 
     name: ClassVar[str] = "apo"
     source: ClassVar[str] = "arXiv 2408.06266"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
     variant: Literal["zero", "down"] = "zero"
 
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
-
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (reference,) = self.needed(batch, "reference_logp")
-        score = total(batch, batch.logp - reference)
+        score = self.log_ratio(batch)
         better, worse = self.sides(batch, self.beta * score)
         if self.variant == "zero":
             loss = torch.sigmoid(-better) + torch.sigmoid(worse)

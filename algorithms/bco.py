@@ -15,15 +15,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from rlzoo.bases import PairLoss, PairObjective, logistic, total
-from rlzoo.inputs import Input, Reference
+from rlzoo.bases import PairLoss, ReferencePairObjective, logistic
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, Coupling, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class BCO(PairObjective):
+class BCO(ReferencePairObjective):
     """Binary classifier optimisation: c_t = β σ(δ - r⁺) in y⁺, -β σ(r⁻ - δ) in y⁻."""
 
     name: ClassVar[str] = "bco"
@@ -31,16 +30,10 @@ class BCO(PairObjective):
     source: ClassVar[str] = "arXiv 2404.04656"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
     shift: Literal["mean", "none"] = "mean"
 
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
-
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (reference,) = self.needed(batch, "reference_logp")
-        score = total(batch, batch.logp - reference)
+        score = self.log_ratio(batch)
         reward = self.beta * score
         shift = reward.mean() if self.shift == "mean" else torch.zeros_like(reward[0])
         better, worse = self.sides(batch, reward - shift)

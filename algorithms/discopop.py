@@ -18,35 +18,29 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from rlzoo.bases import PairObjective, logistic, of_margin, total
+from rlzoo.bases import ReferencePairObjective, logistic, of_margin
 from rlzoo.bases.ratios import check_positive
-from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class DiscoPOP(PairObjective):
+class DiscoPOP(ReferencePairObjective):
     """Discovered preference optimisation: c_t = ±β times the slope of (1-m) softplus(-z) + m exp(-z), m = σ(z/τ)."""
 
     name: ClassVar[str] = "discopop"
     source: ClassVar[str] = "arXiv 2406.08414"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
     tau: float = 0.05
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self.name, tau=self.tau)
 
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
-
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (reference,) = self.needed(batch, "reference_logp")
-        score = total(batch, batch.logp - reference)
+        score = self.log_ratio(batch)
         better, worse = self.sides(batch, score)
         z = self.beta * (better - worse)
         share, rest = torch.sigmoid(z / self.tau), torch.sigmoid(-z / self.tau)

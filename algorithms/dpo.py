@@ -30,24 +30,21 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn import functional
 
-from rlzoo.bases import PairObjective, Rows, check_smoothing, length, logistic, of_margin, total
-from rlzoo.bases.ratios import check_positive
+from rlzoo.bases import ReferencePairObjective, Rows, check_smoothing, length, logistic, of_margin, total
 from rlzoo.errors import UserError
-from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class DPO(PairObjective):
+class DPO(ReferencePairObjective):
     """Direct preference optimisation: c_t = ±β σ(-βΔ), and its variants."""
 
     name: ClassVar[str] = "dpo"
     source: ClassVar[str] = "arXiv 2305.18290"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
     variant: Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
@@ -55,18 +52,13 @@ class DPO(PairObjective):
     sft_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(self.name, beta=self.beta)
+        super().__post_init__()
         check_smoothing(self, self.label_smoothing)
         if self.label_smoothing and self.variant in ("hinge", "ipo"):
             raise UserError(f"objective 'dpo': the variant {self.variant} has no label_smoothing: leave it out")
 
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
-
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (reference,) = self.needed(batch, "reference_logp")
-        score, slope = self.score(total(batch, batch.logp - reference))
+        score, slope = self.score(self.log_ratio(batch))
         size = length(batch) if self.variant in ("ipo", "sigmoid_norm") else 1
         better, worse = self.sides(batch, score / size)
         loss, pull = self.loss(better - worse)

@@ -17,36 +17,30 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from rlzoo.bases import PairObjective, check_smoothing, of_margin, total
+from rlzoo.bases import ReferencePairObjective, check_smoothing, of_margin
 from rlzoo.bases.ratios import check_positive
-from rlzoo.inputs import Input, Reference
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class EXO(PairObjective):
+class EXO(ReferencePairObjective):
     """Efficient exact optimisation: c_t = ±β q (1-q) [log((1-ε)/ε) - z], with q = σ(z)."""
 
     name: ClassVar[str] = "exo"
     source: ClassVar[str] = "arXiv 2402.00856"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
     label_smoothing: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_positive(self.name, beta=self.beta, label_smoothing=self.label_smoothing)
+        super().__post_init__()
+        check_positive(self.name, label_smoothing=self.label_smoothing)
         check_smoothing(self, self.label_smoothing)
 
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
-
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (reference,) = self.needed(batch, "reference_logp")
-        score, wrong = total(batch, batch.logp - reference), self.label_smoothing
+        score, wrong = self.log_ratio(batch), self.label_smoothing
         better, worse = self.sides(batch, score)
         z = self.beta * (better - worse)
         q, other = torch.sigmoid(z), torch.sigmoid(-z)

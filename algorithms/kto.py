@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 
+from rlzoo.bases.ratios import check_positive
 from rlzoo.inputs import Input, Mismatched, Reference
 from rlzoo.objective import Normaliser, Objective, register
 from rlzoo.types import Coefficients, Selection, TokenBatch
@@ -37,6 +38,9 @@ class KTO(Objective):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_positive(self.name, beta=self.beta)
 
     @property
     def requires(self) -> tuple[Input, ...]:

@@ -58,6 +58,8 @@ class Mixture(Objective):
             if name not in self.weights:
                 raise unknown("component with options", name, self.weights)
         _ = self.components  # so that an unknown name is an error right away
+        if not any(any(w.values()) if isinstance(w, Mapping) else w for w in self.weights.values()):
+            raise UserError(f"a mixture needs a weight above 0: {', '.join(self.weights)} have none")
 
     @cached_property
     def components(self) -> tuple[Component, ...]:

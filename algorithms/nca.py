@@ -12,30 +12,22 @@ completion alone: r⁺ is drawn to log 2. Source: arXiv 2402.05369, for pairs wi
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlzoo.bases import PairLoss, PairObjective, logistic, total
-from rlzoo.inputs import Input, Reference
+from rlzoo.bases import PairLoss, ReferencePairObjective, logistic
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class NCA(PairObjective):
+class NCA(ReferencePairObjective):
     """Noise contrastive alignment: c_t = β [σ(-r⁺) - ½ σ(r⁺)] in y⁺, -½ β σ(r⁻) in y⁻."""
 
     name: ClassVar[str] = "nca"
     source: ClassVar[str] = "arXiv 2402.05369"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
-
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
-
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (reference,) = self.needed(batch, "reference_logp")
-        score = total(batch, batch.logp - reference)
+        score = self.log_ratio(batch)
         better, worse = self.sides(batch, self.beta * score)
         (gain, up), (harm, down) = logistic(better, 1.0, 0.5), logistic(worse, 0.0, 0.5)
         return self.of_pairs(batch, score, PairLoss(gain + harm, self.beta * up, self.beta * down))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlzoo.bases import PairObjective, length, logistic, of_margin, total
+from rlzoo.bases.ratios import check_positive
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, TokenBatch
 
@@ -28,6 +29,9 @@ class SimPO(PairObjective):
 
     beta: float = 2.0
     gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.name, beta=self.beta)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
         score = total(batch, batch.logp) / length(batch)

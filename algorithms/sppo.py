@@ -13,34 +13,22 @@ policy of the round before, which `stages` in an experiment give.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlzoo.bases import PairLoss, PairObjective, total
-from rlzoo.bases.ratios import check_positive
-from rlzoo.inputs import Input, Reference
+from rlzoo.bases import PairLoss, ReferencePairObjective
 from rlzoo.objective import register
 from rlzoo.types import Coefficients, TokenBatch
 
 
 @register
 @dataclass(frozen=True)
-class SPPO(PairObjective):
+class SPPO(ReferencePairObjective):
     """Self-play preference optimisation: c_t = 2 (1/(2β) - r⁺) in y⁺, -2 (1/(2β) + r⁻) in y⁻."""
 
     name: ClassVar[str] = "sppo"
     source: ClassVar[str] = "arXiv 2405.00675"
     compared_with: ClassVar[str] = "TRL 1.16"
 
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_positive(self.name, beta=self.beta)
-
-    @property
-    def requires(self) -> tuple[Input, ...]:
-        return (Reference(),)
-
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        (reference,) = self.needed(batch, "reference_logp")
-        score, goal = total(batch, batch.logp - reference), 1 / (2 * self.beta)
+        score, goal = self.log_ratio(batch), 1 / (2 * self.beta)
         better, worse = self.sides(batch, score)
         loss = (better - goal).square() + (worse + goal).square()
         return self.of_pairs(batch, score, PairLoss(loss, 2 * (goal - better), -2 * (goal + worse)))

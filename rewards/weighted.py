@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any, ClassVar
 
 from rlzoo.errors import UserError
@@ -34,12 +35,17 @@ class Weighted(CompositeReward):
 
     @cached_property
     def terms(self) -> dict[str, tuple[float, Reward]]:
-        """The weight and reward of each term by name; further terms of the same name get a number, as in format-2."""
+        """The weight and reward of each term by name.
+
+        Further terms of the same name get the next number that no term has, as in format-2.
+        """
+        found = [self._term(spec) for spec in self.of]
+        names = {reward.name for _, reward in found}
         terms: dict[str, tuple[float, Reward]] = {}
-        for spec in self.of:
-            weight, reward = self._term(spec)
-            count = sum(reward.name == other.name for _, other in terms.values())
-            terms[f"{reward.name}-{count + 1}" if count else reward.name] = weight, reward
+        for weight, reward in found:
+            numbered = (f"{reward.name}-{number}" for number in count(2))
+            free = (name for name in numbered if name not in names and name not in terms)
+            terms[next(free) if reward.name in terms else reward.name] = weight, reward
         return terms
 
     def _term(self, spec: Any) -> tuple[float, Reward]:

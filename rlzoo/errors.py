@@ -14,6 +14,14 @@ class TryAgainError(UserError):
     """The same command resumes from the work that was done, which is kept."""
 
 
+class EmptyViewError(UserError):
+    """A view selects nothing of a buffer: another sample of the same prompts, or other prompts, may be in it."""
+
+
+class UnscoredError(EmptyViewError):
+    """A view selects nothing, because no row of the buffer has a reward."""
+
+
 class UnreachableError(UserError):
     """A data set or model of the Hub that is not on this machine, while the Hub cannot be reached."""
 

@@ -25,15 +25,7 @@ from rlzoo.config.schedules import Schedule
 from rlzoo.errors import UserError, unknown
 from rlzoo.inputs import Input
 from rlzoo.registry import Registry, one_line
-from rlzoo.types import (
-    Coefficients,
-    Coupling,
-    Selection,
-    TokenBatch,
-    Unit,
-    WhichView,
-    selector_of,
-)
+from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch, Unit, WhichView, over, selector_of
 from rlzoo.types import Normaliser as Normaliser
 
 
@@ -128,8 +120,11 @@ class Objective:
         """The coefficient c_t of each token, [B, T], from a batch without a graph. The one method that is required."""
         raise NotImplementedError(f"{type(self).__name__} must define coefficients(batch)")
 
-    def auxiliary(self, batch: TokenBatch) -> Mapping[str, Float[Tensor, "B T"]]:
-        """Further losses by name, each [B, T] with its weight and its graph; the normaliser reduces them."""
+    def auxiliary(self, batch: TokenBatch) -> Mapping[str, Float[Tensor, "B T"] | Float[Tensor, " B"]]:
+        """Further losses by name, each [B, T], or [B] per row, with its weight and its graph.
+
+        The normaliser reduces them.
+        """
         return {}
 
     def logit_term(
@@ -138,9 +133,10 @@ class Objective:
         reference_logits: Float[Tensor, "N V"] | None,
         target: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"] | None:
-        """A weighted loss over the full vocabulary, [N] for logits [N, V], computed chunk by chunk in the head.
+        """A loss over the full vocabulary, [N] for logits [N, V], computed chunk by chunk in the head.
 
-        ``reference_logits`` is None unless the objective requires `ReferenceLogits`.
+        ``reference_logits`` is None unless the objective requires `ReferenceLogits`. What depends on more than the
+        logits of a position, such as an advantage, is a weight: `Coefficients.logit_weight`.
         """
         return None
 
@@ -173,7 +169,17 @@ def view_of(objective: Objective) -> tuple[WhichView, dict[str, Any]]:
     return objective.learns_from, {**objective.view_options, **dropping}
 
 
-_objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")
+def _check_class(spec: str, found: Any) -> None:
+    """Raise UserError for anything but the class of an objective that is whole."""
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
+    if not isinstance(getattr(found, "name", None), str):
+        raise UserError(f"objective {spec!r} has no name: give the class one, as in name = 'mine'")
+    if found.coefficients is Objective.coefficients and not is_composite(found):
+        raise UserError(f"objective {spec!r} does not define coefficients(self, batch): every objective must")
+
+
+_objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives", _check_class)
 _Class = TypeVar("_Class", bound=type[Objective])
 
 
@@ -190,14 +196,7 @@ def list_objectives() -> list[str]:
 
 def objective_class(spec: str) -> type[Objective]:
     """The class of a name, ``package.module:Name`` or ``path/to/file.py:Name``. Raises UserError for anything else."""
-    found = _objectives.get(spec)
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
-    if not isinstance(getattr(found, "name", None), str):
-        raise UserError(f"objective {spec!r} has no name: give the class one, as in name = 'mine'")
-    if found.coefficients is Objective.coefficients and not is_composite(found):
-        raise UserError(f"objective {spec!r} does not define coefficients(self, batch): every objective must")
-    return found
+    return _objectives.get(spec)
 
 
 def is_composite(objective: type[Objective]) -> bool:
@@ -323,15 +322,20 @@ def reduce(
 
 
 def surrogate(
-    objective: Objective, batch: TokenBatch, denominator: float | None = None, progress: float = 0.0
+    objective: Objective,
+    batch: TokenBatch,
+    denominator: float | None = None,
+    progress: float = 0.0,
+    term: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """The surrogate loss, a scalar: -Σ (c.detach() · log π)[mask] / Z plus the objective's auxiliary terms.
 
     Its gradient is that of the paper's loss; its value need not be (see `Coefficients.loss`). ``denominator`` is Z of
     the whole optimizer step; None applies the objective's normaliser to this batch. The components of a composite all
     get this batch, with their weights once the fraction ``progress`` of training is done; since each has its own
-    normaliser, a composite takes no ``denominator`` (ValueError). A batch without advantages is prepared first. If all
-    tokens are masked the loss is 0, with a warning.
+    normaliser, a composite takes no ``denominator`` (ValueError). A batch without advantages is prepared first.
+    ``term`` is the value of the objective's `logit_term` at each token, with its graph. If all tokens are masked the
+    loss is 0, with a warning.
     """
     if denominator is not None and is_composite(type(objective)):
         raise ValueError(f"objective {objective.name!r} is a composite: each of its components has its own denominator")
@@ -343,16 +347,20 @@ def surrogate(
             own = fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})  # with their graph
         coefficients = component.objective.coefficients(own.detach())
         weight = component.at(progress).weight
-        losses.append(weight * surrogate_of(coefficients, component.objective, own, denominator))
+        losses.append(weight * surrogate_of(coefficients, component.objective, own, denominator, term))
     return torch.stack(losses).sum()
 
 
 def surrogate_of(
-    coefficients: Coefficients, objective: Objective, batch: TokenBatch, denominator: Tensor | float | None = None
+    coefficients: Coefficients,
+    objective: Objective,
+    batch: TokenBatch,
+    denominator: Tensor | float | None = None,
+    term: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """`surrogate` of one objective for given coefficients.
 
-    Raises UserError if the objective returned anything but one coefficient per token.
+    Raises UserError for anything but one coefficient per token, and one auxiliary loss per token or row.
     """
     _check_coefficients(coefficients, objective, batch)
     normaliser = objective.normaliser
@@ -362,18 +370,29 @@ def surrogate_of(
             warnings.warn("every token of the batch is masked: the loss is 0", stacklevel=2)
     values = torch.where(batch.mask, coefficients.values, 0)  # padding may hold anything, even NaN
     loss = -reduce(values * batch.logp, batch, normaliser, denominator)
-    live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim == 2}
-    batch = batch.replace(**{key: torch.where(batch.mask, value, 0) for key, value in live.items()})
-    for term in objective.auxiliary(batch).values():
-        loss = loss + reduce(term, batch, normaliser, denominator)
+    live = {key: value for key, value in batch.inputs.items() if value.requires_grad and value.ndim > 1}
+    batch = batch.replace(**{key: torch.where(over(batch.mask, value), value, 0) for key, value in live.items()})
+    for name, one in objective.auxiliary(batch).items():
+        if one.shape != batch.mask.shape[:1]:
+            _check_per_token(one, f"auxiliary(batch) gives {name!r}", objective, batch)
+        loss = loss + reduce(one, batch, normaliser, denominator)
+    if term is not None:
+        loss = loss + reduce(coefficients.of_term(term, batch.mask), batch, normaliser, denominator)
     return loss
 
 
 def _check_coefficients(found: object, objective: Objective, batch: TokenBatch) -> None:
-    """Raise UserError unless they are `Coefficients` of the batch's shape: another might be broadcast in silence."""
+    """Raise UserError unless they are `Coefficients` with one value per token."""
     if not isinstance(found, Coefficients):
         what = f"returned {type(found).__name__}: return rlzoo.Coefficients(values)"
         raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
-    if (shape := tuple(found.values.shape)) != tuple(batch.mask.shape):
-        what = f"gives values of shape {list(shape)}: give one per token, [B, T], here {list(batch.mask.shape)}"
-        raise UserError(f"objective {objective.name!r}: coefficients(batch) {what}")
+    _check_per_token(found.values, "coefficients(batch) gives values", objective, batch)
+    if found.logit_weight is not None:
+        _check_per_token(found.logit_weight, "coefficients(batch) gives logit_weight", objective, batch)
+
+
+def _check_per_token(value: Tensor, what: str, objective: Objective, batch: TokenBatch) -> None:
+    """Raise UserError unless there is one value per token: another shape might be broadcast in silence."""
+    if value.shape != (shape := batch.mask.shape):
+        wrong = f"{what} of shape {list(value.shape)}: give one per token, [B, T], here {list(shape)}"
+        raise UserError(f"objective {objective.name!r}: {wrong}")

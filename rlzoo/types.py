@@ -159,7 +159,7 @@ class TokenBatch:
     """Row index of the other half of a pair."""
     chosen: Bool[Tensor, " B"] | None
     """True for the better half of a pair."""
-    inputs: Mapping[str, Float[Tensor, "B T"] | Float[Tensor, " B"] | Float[Tensor, ""]]
+    inputs: Mapping[str, Float[Tensor, "B T ..."] | Float[Tensor, " B"] | Float[Tensor, ""]]
     """Inputs by key, and values that `Objective.prepare` adds, such as returns."""
 
     def __init__(
@@ -181,24 +181,17 @@ class TokenBatch:
         """
         if mask.ndim != 2 or mask.dtype != torch.bool:
             raise ValueError(f"TokenBatch needs a boolean mask [B, T], got {tuple(mask.shape)}, {mask.dtype}")
-        known = {
-            **(inputs or {}),
-            **(statistics or {}),
-            **{name: value for name, value in named.items() if value is not None},
-        }
-        values: dict[str, Any] = {
-            "mask": mask,
-            "advantage": advantage,
-            "reward": reward,
-            "group": group,
-            "partner": partner,
-        }
-        values |= {"chosen": chosen, "inputs": known, **({} if logp is None else {"logp": logp})}
+        given = {name: value for name, value in named.items() if value is not None}
+        known = {**(inputs or {}), **(statistics or {}), **given}
+        values: dict[str, Any] = {"mask": mask, "advantage": advantage, "reward": reward, "group": group}
+        values |= {"partner": partner, "chosen": chosen, "inputs": known, **({} if logp is None else {"logp": logp})}
         vars(self).update(values)
         rows, length = mask.shape
         for name, value in self._tensors().items():
-            expected = [(rows, length)] if name in ("logp", "advantage") else [(rows, length), (rows,)]
-            if tuple(value.shape) not in (expected if name in _OWN else [*expected, ()]):
+            expected = [(rows, length), *([] if name in ("logp", "advantage") else [(rows,)])]
+            if name not in _OWN:  # an input may be a scalar, or have further axes
+                expected += [(), (rows, length, *value.shape[2:])]
+            if tuple(value.shape) not in expected:
                 raise ValueError(f"TokenBatch.{name} has shape {tuple(value.shape)}, expected {expected[0]}")
 
     def __getitem__(self, key: str) -> Tensor:
@@ -256,6 +249,11 @@ class TokenBatch:
         return self.replace(**values)
 
 
+def over(mask: Float[Tensor, "B T"] | Bool[Tensor, "B T"], value: Float[Tensor, "B T ..."]) -> Tensor:
+    """A mask or a weight per token with as many axes as a value per token, so that the two broadcast."""
+    return mask[(..., *[None] * (value.ndim - 2))]
+
+
 _OWN = ("logp", "mask", "advantage", "reward", "group", "partner", "chosen")
 
 
@@ -306,6 +304,8 @@ class Coefficients:
     """The paper's loss before normalisation, where it is not -c·log π; for reporting only."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Metrics by name: [B, T] is averaged over completion tokens, [B] over rows; NaN entries are left out."""
+    logit_weight: Float[Tensor, "B T"] | None = None
+    """The weight of the objective's `logit_term` at each token; None: 1."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Tensor):  # a number, say
@@ -316,6 +316,17 @@ class Coefficients:
         if self.loss is not None:
             object.__setattr__(self, "loss", self.loss.detach())
         object.__setattr__(self, "metrics", {k: v.detach() for k, v in self.metrics.items()})
+        if self.logit_weight is not None:
+            object.__setattr__(self, "logit_weight", self.logit_weight.detach())
+
+    def weighted(self, weight: Float[Tensor, "B T"]) -> Coefficients:
+        """The coefficients, and a loss per token, times a weight per token."""
+        loss = self.loss if self.loss is None or self.loss.ndim < 2 else self.loss * weight
+        return replace(self, values=self.values * weight, loss=loss)
+
+    def of_term(self, term: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """A `logit_term` times its weight at each token."""
+        return term if self.logit_weight is None else torch.where(mask, self.logit_weight, 0) * term
 
 
 @dataclass(frozen=True)

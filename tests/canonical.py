@@ -776,10 +776,10 @@ def deft(batch: TokenBatch) -> Tensor:
     return ((1 - p**a) / a).sum() / token_count(batch)
 
 
-def asft(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, kl_coefficient: float = 0.05) -> Tensor:
+def asft(batch: TokenBatch, logits: Tensor, reference: Tensor, target: Tensor, kl_coefficient: float = 0.05) -> Tensor:
     """(1/N) Σ [-sg(p_t) log p_t + λ Σ_v π_ref(v) log(π_ref(v)/π_θ(v))] (arXiv 2509.23753)."""
     losses = []
-    for row, t in mask.nonzero().tolist():
+    for row, t in batch.mask.nonzero().tolist():
         policy, anchor = logits[row, t].softmax(0), reference[row, t].softmax(0)
         p = policy[target[row, t]]
         losses.append(-p.detach() * p.log() + kl_coefficient * (anchor * (anchor / policy).log()).sum())
@@ -787,7 +787,7 @@ def asft(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, kl_coe
 
 
 def otr(
-    mask: Tensor,
+    batch: TokenBatch,
     logits: Tensor,
     reference: Tensor,
     target: Tensor,
@@ -799,7 +799,7 @@ def otr(
 
     The tokens are drawn for all positions at once, in their order, so that a seed gives the same ones.
     """
-    flat, wanted = logits[mask], target[mask].tolist()
+    flat, wanted = logits[batch.mask], target[batch.mask].tolist()
     drawn = torch.multinomial((flat.detach() / temperature).softmax(1), samples, replacement=True).tolist()
     losses = []
     for z, y, tokens in zip(flat, wanted, drawn, strict=True):
@@ -809,23 +809,28 @@ def otr(
 
 
 def smoothed_sft(
-    mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, label_smoothing: float, aggregation: str = "token"
+    batch: TokenBatch,
+    logits: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    aggregation: str = "token",
 ) -> Tensor:
     """The mean cross entropy to (1 - ε) e_y + ε/V, torch's own label smoothing."""
     if aggregation == "token":
-        return functional.cross_entropy(logits[mask], target[mask], label_smoothing=label_smoothing)
+        return functional.cross_entropy(logits[batch.mask], target[batch.mask], label_smoothing=label_smoothing)
     rows = [
         functional.cross_entropy(z[m], y[m], label_smoothing=label_smoothing)
-        for z, m, y in zip(logits, mask, target, strict=True)
+        for z, m, y in zip(logits, batch.mask, target, strict=True)
         if m.any()
     ]
-    return torch.stack(rows).sum() / len(mask)
+    return torch.stack(rows).sum() / len(batch.mask)
 
 
-def gift(mask: Tensor, logits: Tensor, reference: Tensor, target: Tensor, beta: float = 20.0) -> Tensor:
+def gift(batch: TokenBatch, logits: Tensor, reference: Tensor, target: Tensor, beta: float = 20.0) -> Tensor:
     """-(1/N) Σ Σ_v q(v) log π_θ(v), q ∝ π_ref(v) e^{β 1[v = y_t]} (arXiv 2601.09233)."""
     losses = []
-    for row, t in mask.nonzero().tolist():
+    for row, t in batch.mask.nonzero().tolist():
         tilted = reference[row, t].softmax(0)
         tilted[target[row, t]] *= math.exp(beta)
         losses.append(-(tilted / tilted.sum() * logits[row, t].softmax(0).log()).sum())
@@ -1093,12 +1098,12 @@ CANONICAL: dict[str, list[Case]] = {
 }
 
 
-LogitsLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+LogitsLoss = Callable[[TokenBatch, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class LogitsCase:
-    """An objective's options, and its whole loss as a function of mask, logits, reference logits and target."""
+    """An objective's options, and its whole loss as a function of batch, logits, reference logits and target."""
 
     loss: LogitsLoss
     options: Mapping[str, Any] = field(default_factory=dict)

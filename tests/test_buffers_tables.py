@@ -15,11 +15,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from buffer_rows import sample, samples
 
-from rlzoo.buffers import load_table, read_buffer
+from rlzoo.buffers import OfflineBuffer, load_table, read_buffer
+from rlzoo.buffers.problems import load_problems
 from rlzoo.buffers.tables import read_rows
 from rlzoo.buffers.values import find
+from rlzoo.config import ProblemSource
+from rlzoo.config.files import load_experiment
 from rlzoo.errors import UserError
+from rlzoo.jobs.sharing import hub_id
 
 ROWS: list[dict[str, Any]] = [{"question": "1+1?", "answer": 2}, {"question": "a,\n“b”", "answer": 3}]
 
@@ -45,6 +50,27 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> 
             path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS) + "\n", encoding="utf-8")
     rows = [{name: str(value) for name, value in row.items()} for row in ROWS] if suffix == "csv" else ROWS
     assert load_table(path).to_list() == load_table(str(path), split="train").to_list() == rows
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    sources = ["~/rows.jsonl", "~/*.jsonl"]
+    assert [load_table(source).to_list() for source in sources] == [ROWS, ROWS]
+    problems = [load_problems(ProblemSource(source=source, prompt="question")) for source in sources]
+    assert [problem.prompt for found in problems for problem in found] == [row["question"] for row in ROWS] * 2
+    buffer = samples(sample(0, 1.0), sample(1, 0.0))
+    buffer.save("~/buffer")
+    buffer.to_jsonl("~/buffer.jsonl")
+    assert [one.name for one in sorted(tmp_path.glob("buffer*"))] == ["buffer", "buffer.jsonl"]
+    for source in ("~/buffer", "~/buffer.jsonl"):
+        assert list(OfflineBuffer.load(source)) == list(buffer)
+    assert list(read_buffer("~/buffer", None)) == list(buffer)
+    (tmp_path / "mine.yaml").write_text("extends: arithmetic\ntrain: {source: ~/rows.jsonl, prompt: question}\n")
+    assert load_experiment("~/mine.yaml").train.source == "~/rows.jsonl"
+    assert hub_id("~/buffer") is None
+    with pytest.raises(UserError, match=r"~nobody-of-that-name/rows.jsonl does not exist"):
+        load_table("~nobody-of-that-name/rows.jsonl")
 
 
 def test_a_column_that_a_row_lacks_is_null_there(tmp_path: Path) -> None:

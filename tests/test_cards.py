@@ -23,6 +23,7 @@ from rlzoo.buffers.card import buffer_card
 from rlzoo.cli import main
 from rlzoo.comparison.dry_run import unchecked
 from rlzoo.errors import UserError
+from rlzoo.jobs.hub import pushed
 from rlzoo.jobs.sharing import HIDDEN, hub_id, public, public_command
 from rlzoo.policy import log_probs
 from rlzoo.training.card import changed_options, objective_table
@@ -159,6 +160,36 @@ def test_a_push_only_when_asked_that_fails_and_loses_nothing(
     assert "model.safetensors" in repository.files and not repository.private
     assert train(table, out, "--push-to-hub", "alice/dft") == 2  # privately
     assert "is public: add --public" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (PermissionError(13, "Permission denied", "model.bin"), "model.bin cannot be used (Permission denied): check"),
+        (ConnectionResetError("reset by peer"), "the Hub cannot be reached (reset by peer): check the connection"),
+        (ValueError("no JSON"), "the Hub refuses alice/dft (no JSON)"),
+        (TypeError("unexpected keyword"), None),
+        (KeyError("oid"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize("of_upload", [False, True])
+def test_what_goes_wrong_in_a_push_is_told_as_what_it_is(
+    problem: Exception, told: str | None, of_upload: bool, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the client raises it, and in its wrapper of an upload."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        if of_upload:
+            raise RuntimeError("Error while uploading 'model.bin' to the Hub.") from problem
+        raise problem
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fails)
+    (tmp_path / "README.md").write_text("a card")
+    kind = UserError if told is not None else RuntimeError if of_upload else type(problem)
+    with pytest.raises(kind) as raised, pushed("alice/dft", "model", True, tmp_path, lambda _: {}):
+        pass
+    assert told is None or f"is complete, but not pushed: {told}" in str(raised.value)
 
 
 @pytest.mark.slow

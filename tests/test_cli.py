@@ -85,6 +85,7 @@ def test_an_objective_that_the_experiment_does_not_name_gets_its_defaults() -> N
 
 
 WRONG = ["compare nowhere.yaml", "plan --set stepz=1", "variance --set training.steps=x", "evaluate --k 1,x",
+         "variance --draws 128", "variance --rows 0", "evaluate --seed -1",
          "rollout --set rollouts.stepz=1 --out x", "train sft --buffer x --set training.steps=-1 --out x"]  # fmt: skip
 
 
@@ -99,6 +100,18 @@ def test_help_and_wrong_settings_import_nothing_heavy() -> None:
     assert run.returncode == 0, run.stderr
     assert all(f"  {command} " in run.stdout for command in COMMANDS)
     assert max(map(len, run.stdout.splitlines())) <= 80
+
+
+def test_results_are_read_without_torch() -> None:
+    code = (
+        "import sys\nfrom rlzoo.cli import main\n"
+        "assert main(['results', 'list']) == 0\n"
+        "assert main(['report', 'nowhere']) == main(['serve', 'nowhere']) == 2\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_notebook_gets_lines_in_place_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +150,12 @@ def test_help_fits_80_columns_and_ends_with_examples_that_parse(
     for example in examples.splitlines():
         _, *words = example.partition(" > ")[0].split()
         assert words[0] == command and parsed(words) is not None
+
+
+def test_a_tilde_that_the_shell_leaves_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = parsed(["compare", "--out=~/runs/mine"])
+    assert command is not None and command.keywords["out"] == tmp_path / "runs" / "mine"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,6 +292,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "log_formats",
         "suites",
         "experiments",
+        "broken",
     }
     objectives = {row["name"]: row for row in found["objectives"]}
     assert {"sft", "dft", "iw-sft", "rft", "dpo", "ppo", "grpo"} <= set(objectives)
@@ -294,6 +314,19 @@ def test_list_as_text_names_everything(capsys: pytest.CaptureFixture[str]) -> No
 # Wrong input
 
 
+BEFORE_THE_MODEL: list[tuple[str, tuple[str, ...]]] = [
+    ("missing.jsonl does not exist", ("train", "sft", "--buffer", "missing.jsonl", "--out", "out")),
+    (
+        "needs per_prompt of at least 1",
+        ("train", "rft", "--option", "samples_per_prompt=0", "--buffer", "x", "--out", "out"),
+    ),
+    ("missing.jsonl does not exist", ("variance", "facts", "--buffer", "missing.jsonl")),
+    ("missing.jsonl does not exist", ("compare", "facts", "--set", "demonstrations.source=missing.jsonl")),
+    ("unknown classes of tokens 'defalt': did you mean", ("variance", "facts", "--token-classes", "defalt")),
+    ("engine vllm is not installed", ("rollout", "facts", "--set", "rollouts.engine=vllm", "--out", "out")),
+    ("engine vllm is not installed", ("evaluate", "facts", "--set", "evaluation.engine=vllm")),
+]
+"""What is told before a model is loaded: the model of these commands cannot be."""
 SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("unknown command 'comprae': did you mean compare?", ("comprae",)),
     ("unknown command 'frob'; see rlzoo --help", ("frob",)),
@@ -367,6 +400,10 @@ SPECS: Sequence[tuple[str, tuple[str, ...]]] = [
     ("--column 'prompt': write NAME=COLUMN", ("compare", "facts", "--data", "x.jsonl", "--column", "prompt")),
     ("--out 'taken' exists already", ("rollout", "facts", "--limit", "2", "--out", "taken")),
     ("--out 'file/out' cannot be written", ("rollout", "facts", "--limit", "2", "--out", "file/out")),
+    ("--seed: -1 is no seed: give a whole number from 0 to 4294967295", ("evaluate", "facts", "--seed", "-1")),
+    ("seed = -1: Input should be greater", ("train", "sft", "--buffer", "x", "--set", "seed=-1", "--out", "out")),
+    ("draws: 128 are too few for a variance and its error: give 0 or at least 256", ("variance", "--draws", "128")),
+    *((told, (*arguments, "--model", "damaged")) for told, arguments in BEFORE_THE_MODEL),
     ("run directory 'missing' does not exist", ("report", "missing")),
     ("'taken' has no results.json", ("report", "taken")),
 ]
@@ -505,7 +542,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(
     lines = [line for line in ended.errors.splitlines() if not BEAT.match(line)]
     *waiting, last = lines[1 + next(n for n, line in enumerate(lines) if "base model: " in line) :]
     assert last == f"rlzoo: interrupted; {kept}"
-    assert [line for line in waiting if not line.startswith("stopping; ")] == []
+    assert [line for line in waiting if not line.startswith("stopping ")] == []
     assert any(tmp_path.rglob("step-*.result"))
     waits_for(lambda: _group_is_gone(run.pid))
 
@@ -588,6 +625,15 @@ def test_rollout_train_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"  mean length {facts['mean_length']:.4g} tokens" in told
     assert f"held-out log-likelihood {scores['facts']['log_likelihood']:.4g} nats per token" in told
     assert f"\nretention, chain-sums: avg@2 {scores['chain-sums']['avg_at_k']:.1%}" in told
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_model_is_loaded(
+    fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlzoo.training.trackers.find_spec", lambda name: None)
+    command = ["train", "sft", "--buffer", "x", "--out", "out", "--model", "./missing"]
+    told = fails(*command, "--set", "training.trackers=[wandb]")
+    assert "training.trackers: wandb is not installed: pip install wandb" in told
 
 
 def test_train_that_fails_leaves_nothing(fails: Fails, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import Cell
 from rlzoo.comparison.report import tables, write_report
 from rlzoo.comparison.report.schema import parse_results
+from rlzoo.comparison.reuse import origins, reusable
+from rlzoo.comparison.studies import save_study
 from rlzoo.config import Experiment, ProblemSource, load_experiment
 from rlzoo.errors import UserError
 from rlzoo.evaluation import evaluate
@@ -40,11 +42,20 @@ from rlzoo.types import Selection
 pytestmark = pytest.mark.usefixtures("sketched")
 
 Compare = Callable[..., dict[str, Any]]
+MINE = """
+import rlzoo, torch
+
+class Mine(rlzoo.Objective):
+    name = "mine"
+
+    def coefficients(self, batch):
+        return rlzoo.Coefficients(torch.ones_like(batch.logp))
+"""
 TIMES = ("wall_seconds", "peak_memory_bytes")
 
 
-def quietly(experiment: Experiment, out: Path, workers: int = 1) -> dict[str, Any]:
-    return runner.compare(experiment, out, workers, console=Console(file=io.StringIO()))
+def quietly(experiment: Experiment, out: Path, workers: int = 1, reuse: Path | None = None) -> dict[str, Any]:
+    return runner.compare(experiment, out, workers, console=Console(file=io.StringIO()), reuse=reuse)
 
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
@@ -255,6 +266,86 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, monkeypatch: 
     assert all("facts" in cell["metrics"] for cell in results["cells"])
     assert set(outcomes(tmp_path / "out")["learning_rate"].to_pylist()) == {None, 1e-2}
     assert not (tmp_path / "out" / ".state").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("inline")
+def test_a_comparison_with_more_rows_or_seeds_takes_the_cells_that_another_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the numbers of one that trains them all, and its report says where they are from."""
+    train, trained = one_cell._run_cell, list[str]()
+
+    def counted(experiment: Experiment, cell: Any, *rest: Any) -> dict[str, Any]:
+        trained.append(cell.id)
+        return train(experiment, cell, *rest)
+
+    monkeypatch.setattr(one_cell, "_run_cell", counted)
+    tuned, first = {"learning_rates": [1e-4, 1e-2]}, tmp_path / "first"
+    quietly(small({"dft": tuned, "sft": {"learning_rates": [1e-3]}}, seeds=[0, 1], name="first"), first)
+    study = save_study(first, tmp_path / "studies")
+
+    more = {"sft": {"learning_rates": [1e-3]}, "dpo": {}, "dft": tuned}
+    experiment = small(more, seeds=[1, 0])
+    trained.clear()
+    results = quietly(experiment, tmp_path / "more", reuse=study)
+    assert trained == ["dpo-lr5e-05-seed1", "dpo-lr5e-05-seed0"]
+    (told,) = results["events"]
+    assert told == f"4 of 6 cells are those of the comparison first of {results['created'][:10]}"
+    assert told in (tmp_path / "more" / "report.md").read_text()
+    whole = quietly(experiment, tmp_path / "whole")
+    assert outcomes(tmp_path / "more").equals(outcomes(tmp_path / "whole"))
+    for one in (results, whole):
+        one["events"] = []
+        for cell in one["cells"]:
+            assert (cell.pop("reused", None) is not None) == (one is results and cell["algorithm"] != "dpo")
+            cell["training"] = []  # rounded in a study
+    assert numbers(results) == numbers(whole)
+
+    trained.clear()  # with another seed the choice among rates is open again
+    out = ["--out", str(tmp_path / "seeds"), "--reuse", str(tmp_path / "more")]
+    assert (
+        main(["compare", str(tmp_path / "more" / "experiment.yaml"), "--seeds", "0,1,2", "--workers", "1", *out]) == 0
+    )
+    results = json.loads((tmp_path / "seeds" / "results.json").read_text())
+    assert [name for name in trained if "dft" not in name] == ["sft-lr0.001-seed2", "dpo-lr5e-05-seed2"]
+    assert len([name for name in trained if "dft" in name]) == 6
+    assert (
+        results["events"]
+        == [  # where they were trained, however often they have been reused since
+            f"2 of 9 cells are those of the comparison first of {results['created'][:10]}",
+            f"2 of 9 cells are those of the comparison facts of {results['created'][:10]}",
+        ]
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_cells_of_other_settings_are_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    rows = {"sft": {}, "mine": {"objective": f"{tmp_path / 'mine.py'}:Mine"}}
+    quietly(small(rows), tmp_path / "out")
+    there = reusable(small({**rows, "dft": {}}, seeds=[0, 4]), str(tmp_path / "out"))
+    assert list(there) == ["sft-lr5e-05-seed0", "mine-lr5e-05-seed0"]
+    changed = {"sft": {"training": {"batch_size": 4}}, "mine": rows["mine"]}
+    assert list(reusable(small(changed), str(tmp_path / "out"))) == ["mine-lr5e-05-seed0"]
+    staged = {**rows, "both": {"stages": ["sft", "mine"]}}
+    assert "both-lr5e-05-seed0" not in reusable(small(staged), str(tmp_path / "out"))
+    for experiment, told in (
+        (small(rows, training={"steps": 3, "batch_size": 8}), r"steps: 2 there, 3 here\): they must differ in rows"),
+        (small(rows, seeds=[4]), "has no cell of this comparison"),
+    ):
+        with pytest.raises(UserError, match=told):
+            quietly(experiment, tmp_path / "new", reuse=tmp_path / "out")
+        assert not (tmp_path / "new").exists()
+    out = str(tmp_path / "out")
+    assert main(["compare", f"{out}/experiment.yaml", "--seeds", "0,1", "--dry-run", "--reuse", out]) == 0
+    assert f"not be trained again: the 2 that are in {out}" in capsys.readouterr().out
+    (tmp_path / "mine.py").write_text(f"{MINE}\n# changed\n")
+    there = reusable(small(rows), str(tmp_path / "out"))
+    assert list(there) == ["sft-lr5e-05-seed0"]
+    there["sft-lr5e-05-seed0"]["reused"]["versions"]["torch"] = "1.0"
+    (told,) = origins(there.values(), 3)
+    assert "1 of 3 cells are those of the comparison facts of " in told and "ran with torch 1.0 (here 2." in told
 
 
 @pytest.mark.slow

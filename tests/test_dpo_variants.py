@@ -166,6 +166,7 @@ def test_all_of_them_take_their_pairs_by_the_same_options(name: str) -> None:
         ("exo", {"label_smoothing": 0.0}, "exo needs label_smoothing above 0"),
         ("aot", {"label_smoothing": -0.1}, "objective 'aot' needs label_smoothing of at least 0"),
         ("sppo", {"beta": -1.0}, "sppo needs beta above 0"),
+        *((name, {"beta": 0.0}, f"{name} needs beta above 0") for name in ("apo", "aot", "nca", "simpo", "kto")),
         ("discopop", {"tau": 0.0}, "discopop needs tau above 0"),
         ("apo", {"variant": "up"}, "option 'variant' = 'up'"),
     ],

@@ -15,6 +15,7 @@ import torch
 from chat_templates import assistant, built, policy_of, tokenizer_of, turn, user
 from torch import Tensor, nn
 
+from rlzoo.advantages import group_centred
 from rlzoo.config import Training
 from rlzoo.errors import UserError
 from rlzoo.inputs import (
@@ -24,6 +25,7 @@ from rlzoo.inputs import (
     Input,
     Mismatched,
     MovingReference,
+    Outcome,
     Privileged,
     Reference,
     ReferenceLogits,
@@ -292,6 +294,16 @@ def test_a_batch_has_rewards_if_all_of_its_rows_do(make_policy: MakePolicy) -> N
     found = assembled(policy, rows).reward
     assert found is not None and found.tolist() == [0.0, -2.0]
     assert assembled(policy, [rows[0], ROWS[1]]).reward is None, "a reward that is not known is not 0"
+
+
+def test_numbers_of_rows_are_as_exact_as_rewards(make_policy: MakePolicy) -> None:
+    """Groups with demonstrations: rewards that differ by less than float32 resolves beside a common offset."""
+    values = (1e6 + 0.01, 1e6 + 0.02)  # float32 has steps of 1/16 there
+    rows = [replace(r, reward=value, columns={"it": value}) for r, value in zip(ROWS, values, strict=True)]
+    found = assembled(make_policy(), rows, Outcome(), Column("it"))
+    assert found["outcome"].tolist() == found["it"].tolist() == list(values)
+    apart = group_centred(found["outcome"], torch.zeros(2, dtype=torch.long), torch.float32)
+    assert apart.tolist() == pytest.approx([-0.005, 0.005], rel=1e-4)
 
 
 @dataclass(frozen=True)

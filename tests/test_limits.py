@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rlzoo.cli import main
 from rlzoo.comparison import one_stage, shared_buffer
 from rlzoo.config import EvaluationSettings, Experiment, Sampling, Training, load_experiment
 from rlzoo.errors import UserError
+from rlzoo.inputs.references import mismatched
 from rlzoo.policy import Policy
 from rlzoo.policy.loading import load_policy, save_policy
 from rlzoo.reward import Reward
@@ -83,6 +85,22 @@ def test_more_tokens_than_positions_name_the_row(policy: Policy) -> None:
     for way in outside(policy, fits, too_long):
         with pytest.raises(UserError, match=r"^row 2 of the buffer .* has 65 tokens, and the model has 64 positions"):
             way()
+
+
+def test_what_an_input_makes_longer_than_the_positions(policy: Policy) -> None:
+    """Each row fits: a mismatched pair that does not is left out, and a longer prompt is an error that names it."""
+    rows = [
+        Trajectory("p", "c", [5] * n, [7] * k, f"q{n}", "policy", 1.0, behaviour_logp=[-1.0] * k, columns={"answer": 1})
+        for n, k in ((60, 4), (3, 61), (8, 5), (9, 6))
+    ]
+    # sorted by prompt: q3 q60 q8 q9, each of which gets the next one's completion
+    fit = [(len(each.prompt_ids), len(each.completion_ids)) for each in mismatched(rows, POSITIONS)]
+    assert len(mismatched(rows)) == 4 and fit == [(3, 4), (8, 6)]
+    buffer = OfflineBuffer.from_trajectories(rows)
+    record = train(policy, get_objective("kto"), buffer, Training(steps=2, batch_size=4))
+    assert [math.isfinite(step["kl"]) for step in record.steps] == [True, True]
+    with pytest.raises(UserError, match=r"^an input of the objective scores \d+ tokens for .* prompt 'q3', .* 64"):
+        train(policy, get_objective("sdft"), buffer, Training(steps=1, batch_size=4))
 
 
 def test_only_a_table_of_positions_is_a_limit(make_policy: MakePolicy, policy: Policy) -> None:

@@ -377,6 +377,7 @@ def test_a_comparison_runs_chord(tmp_path: Path) -> None:
         ({}, {}, "a mixture needs weights, such as"),
         ({"sft": -1.0}, {}, "weights of 0 or more: 'sft' has -1.0"),
         ({"sft": float("nan")}, {}, "weights of 0 or more: 'sft' has nan"),
+        ({"sft": 0.0, "dft": {0: 0.0, 1: 0.0}}, {}, "a weight above 0: sft, dft have none"),
         ({"sfft": 1.0}, {}, "unknown objective 'sfft'"),
         ({"sft": {}}, {}, r"a schedule needs values by fraction of training, such as \{0: 0.9, 0.5: 0.05\}"),
         ({"sft": {0: 1.0, 200: 0.1}}, {}, "a schedule is by fraction of training, from 0 to 1: 200 is not one"),

@@ -271,6 +271,22 @@ def test_normalisers_by_hand() -> None:
         assert found.item() == pytest.approx(expected[normaliser])
 
 
+@pytest.mark.parametrize(("shape", "mean"), [((2, 2), 1.0), ((2,), 0.5), ((), None), ((2, 2, 3), None)])
+def test_auxiliary_losses_are_per_token_or_per_row(shape: tuple[int, ...], mean: float | None) -> None:
+    """Ones over four tokens in two rows. A mean would be divided once more, and further axes summed."""
+    methods = {
+        "coefficients": lambda self, batch: Coefficients(torch.zeros_like(batch.logp)),
+        "auxiliary": lambda self, batch: {"x": torch.ones(shape, dtype=batch.dtype)},
+    }
+    mine = type("Mine", (Objective,), {"name": "mine", **methods})()
+    batch = hand_batch([[0.5, 0.2], [0.3, 0.4]])
+    if mean is not None:
+        assert surrogate(mine, batch) == mean
+        return
+    with pytest.raises(UserError, match=re.escape(f"auxiliary(batch) gives 'x' of shape {list(shape)}: give one per")):
+        surrogate(mine, batch)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -39,7 +39,7 @@ from rlzoo.rollout import Collector, TransformersSampler, collect_rollouts, regi
 from rlzoo.testing import check_objective
 from rlzoo.training import Trainer, TrainingRecord, train
 from rlzoo.types import Selector, TokenBatch, Trajectory, Unit, register_view, selector_of
-from rlzoo.variance import analyze_variance
+from rlzoo.variance import VarianceProbe, analyze_variance
 
 pytestmark = pytest.mark.usefixtures("sketched")
 
@@ -50,6 +50,9 @@ OBJECTIVES = {
     "own_head": "WithHead",
     "whole_only": "WholeOnly",
     "rarely_solved": "Hard",
+    "annealed": "Annealed",
+    "weighted_entropy": "WeightedEntropy",
+    "near_the_start": "NearTheStart",
 }
 SAMPLERS = {"replaying": "Replaying"}
 SETTINGS = Training(steps=4, batch_size=4, learning_rate=1e-3, checkpoint_seconds=0.0)
@@ -159,20 +162,49 @@ LOSSES: Mapping[str, Any] = {
     "own_head": None,
     "whole_only": lambda b: over_tokens(b.logp[b.mask & ~b["truncated"][:, None]], b),
     "rarely_solved": lambda b: over_tokens(b.logp[b.mask], b),
+    "annealed": lambda b: over_tokens((b["progress"] * b.logp[b.mask]).detach().exp() * b.logp[b.mask], b),
+    "weighted_entropy": None,
+    "near_the_start": lambda b: (
+        over_tokens(b.logp[b.mask], b)
+        + 0.5 * (b["states"][b.mask] - b["first_states"][b.mask].detach()).square().sum() / b.mask.sum()
+    ),
 }
+
+
+def weighted_entropy(batch: TokenBatch, logits: torch.Tensor, _: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses = []
+    for row, t in batch.mask.nonzero().tolist():
+        p = logits[row, t].softmax(0)
+        losses.append(-p[target[row, t]].log() - batch["token_reward"][row, t] * -(p * p.log()).sum())
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.slow
 @over_objectives
 def test_a_plugin_passes_the_contract(plugin: str, tmp_path: Path) -> None:
     teacher_in(tmp_path)
-    check_objective(get_objective(spec(plugin), **options(plugin, tmp_path / "teacher")), LOSSES[plugin])
+    objective = get_objective(spec(plugin), **options(plugin, tmp_path / "teacher"))
+    in_logits = weighted_entropy if objective.has_logit_term else None
+    check_objective(objective, LOSSES[plugin], loss_in_logits=in_logits)
 
 
 def test_a_head_of_ones_own_learns(tmp_path: Path) -> None:
     policy, _ = run("own_head", tmp_path, None)
     assert policy.get_parameter("modules_of_inputs.confidence.weight").grad is not None
     assert not policy.frozen_copy().attached
+
+
+def test_an_option_may_change_in_training(tmp_path: Path) -> None:
+    """Four steps in two batches of two updates, and what a probe measures after each."""
+    policy, objective = load_policy("embedded"), get_objective(spec("annealed"))
+    buffer, probe = buffer_of(policy), VarianceProbe(buffer_of(policy), every=1, rows=2)
+    settings = SETTINGS.model_copy(update={"updates_per_batch": 2})
+    record = train(policy, objective, buffer, settings, callbacks=[probe])
+    assert [step["exponent"] for step in record.steps] == [0, 0.25, 0.5, 0.75]
+    assert record.steps[0]["coefficient"] == 1 > record.steps[1]["coefficient"]
+    measured = [record["mean"] for record in probe.records]
+    whole = analyze_variance(policy, [objective], buffer, rows=2, draws=0, trained=1.0)["objectives"]["annealed"]
+    assert measured[-1] == whole["coefficients"]["mean"] and measured[0] > measured[-1]
 
 
 def test_a_sampler_of_ones_own_in_a_rollout(tmp_path: Path) -> None:

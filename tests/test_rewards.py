@@ -16,7 +16,7 @@ import torch
 
 from rlzoo.errors import UserError
 from rlzoo.registry import Registry
-from rlzoo.reward import Score, get_reward, list_rewards, register_reward
+from rlzoo.reward import Reward, Score, get_reward, list_rewards, register_reward
 from rlzoo.testing import check_reward
 
 
@@ -411,6 +411,17 @@ def test_a_weighted_sum_reports_its_components() -> None:
     assert second == Score(None, {"math-answer": None, "format": 0.0, "format-2": 1.0})
     same = get_reward({"name": "weighted", "of": spec})
     assert same.score(["q"] * 2, ["Yes!\n#### 4", "#### 4"], {"answer": ["4", None]}) == [first, second]
+
+
+def test_the_terms_of_a_weighted_sum_keep_names_of_their_own() -> None:
+    def term(name: str) -> Reward:
+        return Reward(name, lambda completions, **_: [float(len(name))] * len(completions))
+
+    given = ["a", "a-2", "a", "a-2", "a", "a"]
+    reward = get_reward([term(name) for name in given])
+    assert reward.components == ("a", "a-2", "a-3", "a-2-2", "a-4", "a-5")
+    assert list(reward.score(["q"], ["x"], {})[0].components.values()) == [float(len(name)) for name in given]
+    assert get_reward([term("a"), term("a"), term("a-2")]).components == ("a", "a-3", "a-2")
 
 
 def test_a_weighted_sum_passes_the_setting_on_to_its_components() -> None:

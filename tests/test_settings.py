@@ -32,7 +32,16 @@ from rlzoo.cli import app, settings
 from rlzoo.cli.settings import TrainSettings, check_validation
 from rlzoo.comparison import one_cell, resolve, runner, shared_buffer
 from rlzoo.comparison.plan import cells
-from rlzoo.config import EvaluationSettings, Experiment, ProblemSource, Rollouts, Sampling, Training, load_experiment
+from rlzoo.config import (
+    EvaluationSettings,
+    Experiment,
+    ProblemSource,
+    Rollouts,
+    Sampling,
+    Training,
+    VarianceSettings,
+    load_experiment,
+)
 from rlzoo.config import settings as config
 from rlzoo.config.validation import Strict
 from rlzoo.errors import UserError
@@ -48,7 +57,6 @@ from rlzoo.training import Trainer, train
 from rlzoo.training.batches import BufferSource
 from rlzoo.types import Trajectory
 from rlzoo.variance.analyzer import analyze_variance
-from rlzoo.variance.run import VarianceSettings
 
 MakePolicy = Callable[..., Policy]
 Test = TypeVar("Test", bound=Callable[..., Any])
@@ -71,6 +79,7 @@ ELSEWHERE = {
     "--host": "test_serve.py::test_it_serves_until_it_is_interrupted",
     "--port": "test_serve.py::test_it_serves_until_it_is_interrupted",
     "--open": "test_serve.py::test_the_address_is_opened_in_a_browser_if_there_is_one",
+    "--reuse": "test_compare.py::test_a_comparison_with_more_rows_or_seeds_takes_the_cells_that_another_has",
     "--public": "test_cards.py::test_a_trained_model_is_pushed",
     "--push-to-hub": "test_cards.py::test_a_trained_model_is_pushed",
     "--max-completion-tokens": "test_importing.py::test_verl",

@@ -29,7 +29,7 @@ from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import parse_results, read_run
 from rlzoo.comparison.report.stages import before_and_after, start
 from rlzoo.comparison.report.tables import percent, points
-from rlzoo.config import Experiment
+from rlzoo.config import Experiment, VarianceSettings
 from rlzoo.document import Heading, Paragraph, Table
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective
@@ -38,7 +38,7 @@ from rlzoo.policy.loading import load_shape, load_tokenizer, save_policy
 from rlzoo.policy.sequences import length
 from rlzoo.training import Trainer, train
 from rlzoo.variance import run as variance
-from rlzoo.variance.run import VarianceSettings, run_variance
+from rlzoo.variance.run import run_variance
 
 WARM: dict[str, Any] = {
     "objective": "sft", "training": {"steps": 3, "batch_size": 4, "learning_rate": 1e-3}, "seed": 5,

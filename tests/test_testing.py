@@ -242,8 +242,8 @@ def divergence(policy: Tensor, reference: Tensor) -> Tensor:
     return (logp.exp() * (logp - reference.log_softmax(-1))).sum(-1)
 
 
-def mean_divergence(mask: Tensor, policy: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    return divergence(policy[mask], reference[mask]).mean()
+def mean_divergence(batch: TokenBatch, policy: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    return divergence(policy[batch.mask], reference[batch.mask]).mean()
 
 
 TERMS: Mapping[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
@@ -294,10 +294,10 @@ def test_a_loss_that_checks_nothing(fault: str) -> None:
 
 
 LOSSES_IN_LOGITS: Mapping[str, tuple[LossInLogits, str]] = {
-    "looks at padding": (lambda m, p, r, y: divergence(p, r).mean(), "in logits given for 'broken' depends on masked"),
-    "has no graph": (lambda m, p, r, y: mean_divergence(m, p.detach(), r, y), "computed from the logits and their"),
-    "is not reduced": (lambda m, p, r, y: divergence(p[m], r[m]), "must be a scalar"),
-    "is constant": (lambda m, p, r, y: 0 * mean_divergence(m, p, r, y), "no gradient on random logits, so it checks"),
+    "looks at padding": (lambda b, p, r, y: divergence(p, r).mean(), "in logits given for 'broken' depends on masked"),
+    "has no graph": (lambda b, p, r, y: mean_divergence(b, p.detach(), r, y), "computed from the logits and their"),
+    "is not reduced": (lambda b, p, r, y: divergence(p[b.mask], r[b.mask]), "must be a scalar"),
+    "is constant": (lambda b, p, r, y: 0 * mean_divergence(b, p, r, y), "no gradient on random logits, so it checks"),
 }
 
 

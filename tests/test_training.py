@@ -68,6 +68,20 @@ class Anchored(Objective):
         return 0.5 * (reference.exp() * (reference - policy_logits.log_softmax(1))).sum(1)
 
 
+@dataclass(frozen=True)
+class Flattened(Objective):
+    """SFT with a pull of the whole distribution towards uniform, where the policy is surer than it is on average."""
+
+    name: ClassVar[str] = "flattened"
+    couples: ClassVar[Coupling] = Coupling.BATCH
+
+    def coefficients(self, batch: TokenBatch) -> Coefficients:
+        return Coefficients(torch.ones_like(batch.logp), logit_weight=batch.logp - batch.logp[batch.mask].mean())
+
+    def logit_term(self, policy_logits: Tensor, reference_logits: Tensor | None, target: Tensor) -> Tensor:
+        return -policy_logits.log_softmax(1).mean(1)
+
+
 OBJECTIVES: Mapping[str, Objective] = {
     **{name: built(name) for name in list_objectives() if not is_composite(objective_class(name))},
     "dpo-hinge": get_objective("dpo", variant="hinge"),
@@ -80,6 +94,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "profit": get_objective("profit", threshold=0.01),  # a random model gives no token more than a few per cent
     "batch-coupled": RelativeProbability(),
     "logit-term": Anchored(),
+    "logit-weight": Flattened(),
 }
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 every_kind = pytest.mark.parametrize("name", of_each_kind(OBJECTIVES))
@@ -223,17 +238,20 @@ def full_batch(policy: Policy, objective: Objective, batch: Batch) -> TokenBatch
 
 def term_of(policy: Policy, objective: Objective, batch: Batch, reference: Policy | None = None) -> Tensor:
     """The objective's term from the full logits of one row after the other, averaged over tokens."""
-    found = []
+    found, logp = [], []
     for row in batch[0]:
         if row.completion_ids:
             ids, start = torch.tensor([row.prompt_ids + row.completion_ids]), len(row.prompt_ids) - 1
             logits = policy.model(ids).logits[0, start:-1]
             with torch.no_grad():
                 anchor = (reference or policy).model(ids).logits[0, start:-1]
-            term = objective.logit_term(logits, anchor, torch.tensor(row.completion_ids))
+            target = torch.tensor(row.completion_ids)
+            term = objective.logit_term(logits, anchor, target)
             assert term is not None
+            logp.append(logits.detach().log_softmax(1).gather(1, target[:, None])[:, 0])
             found.append(term)
-    return torch.cat(found).mean()
+    weight = torch.cat(logp) - torch.cat(logp).mean() if isinstance(objective, Flattened) else 1
+    return (weight * torch.cat(found)).mean()
 
 
 @every_objective

@@ -170,6 +170,37 @@ def test_a_fresh_batch_with_nothing_to_learn_from_is_sampled_again(make_policy: 
         FreshSource(collect, Selection.CORRECT, threshold=2.0).draw()
 
 
+def test_a_fresh_batch_is_not_sampled_again_for_what_no_other_batch_cures(make_policy: MakePolicy) -> None:
+    rows = list(sampled(make_policy("llama")))
+    asked: list[int] = []
+    lacks: dict[str, Any] = {}
+
+    def collect(version: int) -> Buffer:
+        asked.append(version)
+        return OfflineBuffer.from_trajectories([replace(row, **lacks) for row in rows])
+
+    def refused(selection: Selection, told: str, **options: object) -> None:
+        asked.clear()
+        with pytest.raises(UserError, match=told):
+            FreshSource(collect, selection, **options).draw()
+        assert asked == [0]
+
+    refused(Selection.CORRECT, "unknown option of the view 'correct' 'thresold': did you mean", thresold=2.0)
+    refused(Selection.GROUPS, "no groups of 99 samples", size=99)
+    lacks["behaviour_logp"] = None
+    refused(Selection.GROUPS, "have a reward but no behaviour log-probs")
+    lacks["reward"] = None
+    refused(Selection.GROUPS, "the reward is None for every sample of the first batch, .*: check the reward")
+    source = FreshSource(collect, Selection.CORRECT, threshold=0.0)
+    lacks.clear()
+    source.draw()
+    lacks["reward"] = None  # a later batch may consist of problems that the reward does not apply to
+    asked.clear()
+    with pytest.raises(UserError, match=r"8 fresh batches in a row .* no rewards"):
+        source.draw()
+    assert asked == [1] * 8
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(make_policy: MakePolicy) -> None:
     policy = make_policy("llama", dtype=torch.float32)
     buffer = sampled(policy)

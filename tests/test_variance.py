@@ -20,7 +20,7 @@ import rlzoo
 from rlzoo import OfflineBuffer, Policy, analyze_variance, cli, get_objective, load_policy, train
 from rlzoo.buffers import Buffer
 from rlzoo.buffers.problems import demonstrations, encode_problems, load_problems
-from rlzoo.config import ProblemSource, Sampling, Training, load_experiment
+from rlzoo.config import ProblemSource, Sampling, Training, VarianceSettings, load_experiment
 from rlzoo.document import Block, Figure, write_document
 from rlzoo.document.estimates import estimate
 from rlzoo.errors import UserError
@@ -35,7 +35,7 @@ from rlzoo.types import Coefficients, Selection, TokenBatch
 from rlzoo.variance import plots
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import NOISE_COLUMNS, contents, hidden, report_tables, write_report
-from rlzoo.variance.run import VarianceSettings, _cut, fill, run_variance
+from rlzoo.variance.run import _cut, fill, run_variance
 from rlzoo.variance.scoring import score
 
 SINGLE = [name for name in list_objectives() if not is_composite(objective_class(name))]
@@ -381,7 +381,7 @@ def test_a_row_may_be_called_as_the_analysis_is(tmp_path: Path, monkeypatch: pyt
     [
         (["--objectives", "sftt"], "unknown objective 'sftt': did you mean 'sft'?"),
         (["--rows", "0"], "variance: rows = 0"),
-        (["--draws", "5"], "variance: draws: give 0 or at least 256"),
+        (["--draws", "5"], "give 0 or at least 256"),
         (["--workers", "0"], "--workers: 0 is too few"),
         (["--buffer", "nowhere"], "nowhere"),
         (["--model", "nowhere"], "model 'nowhere' cannot be loaded"),

@@ -387,7 +387,7 @@ def test_a_model_without_trainable_parameters_is_refused(make_model: MakeModel) 
 
 @dataclass(frozen=True)
 class Flattened(Objective):
-    """DFT with a pull of the whole distribution towards uniform: a full-vocabulary term."""
+    """DFT with a pull of the whole distribution towards uniform: a full-vocabulary term, with a weight per token."""
 
     name: ClassVar[str] = "flattened"
 
@@ -396,7 +396,7 @@ class Flattened(Objective):
         return (ReferenceLogits(),)
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
-        return Coefficients(batch.logp.exp())
+        return Coefficients(batch.logp.exp(), logit_weight=2 - batch.logp.exp())
 
     def logit_term(self, policy_logits: Tensor, reference_logits: Tensor | None, target: Tensor) -> Tensor:
         assert reference_logits is not None
@@ -462,7 +462,8 @@ def test_the_mean_gradient_is_that_of_the_surrogate(make_model: MakeModel, name:
     live = batch.replace(logp=scores.logp, **scores.of(objective.requires))
     loss = surrogate(objective, live)
     if scores.term is not None:
-        loss = loss + scores.term.sum() / batch.mask.sum()
+        weight = 2 - scores.logp.detach().exp() if name == "flattened" else 1
+        loss = loss + (weight * scores.term).sum() / batch.mask.sum()
     policy.zero_grad()
     torch.autograd.backward(loss)
     for parameter, p in policy.model.named_parameters():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlzoo.document.estimates import bound
 from rlzoo.experiments.benchmarks.coverage import CASES, Case, gradients, units
 from rlzoo.variance.intervals import freedom, normal_score, nothing, rank_correlation, student
 from rlzoo.variance.noise import (
@@ -145,6 +146,21 @@ def test_a_hidden_gradient_has_no_number() -> None:
     assert noise["noise_scale"]["value"] is None and "noise hides the gradient" in noise["noise_scale"]["reason"]
     assert noise["noise_scale"]["ci_low"] == pytest.approx(1 / noise["snr"]["ci_high"])
     assert noise["noise_scale"]["ci_high"] is None and noise["snr"]["ci_low"] <= 0
+
+
+def test_of_very_few_prompts_an_interval_may_have_no_end() -> None:
+    """The test rejects no signal at all, however large, as it does not know the noise: no tiny bound on its inverse."""
+    rng = np.random.default_rng(0)
+    noises = [data_noise(units_of(rng.standard_normal((3, 8)) + shift)) for shift in (0.0, 3.0) for _ in range(20)]
+    scales = [noise["noise_scale"] for noise in noises]
+    for noise, scale in zip(noises, scales, strict=True):
+        if noise["snr"]["ci_high"] is None:
+            assert scale["ci_low"] == (None if scale["value"] is None else 0.0)
+        else:
+            assert scale["ci_low"] is None or scale["ci_low"] > 1e-6
+    open_ends = [scale for noise, scale in zip(noises, scales, strict=True) if noise["snr"]["ci_high"] is None]
+    assert {bound(scale) for scale in open_ends if scale["value"] is None} == {"–"}
+    assert {scale["value"] is None for scale in open_ends} == {True, False}
 
 
 def test_the_noise_scale_is_the_inverse_of_the_signal() -> None:

@@ -10,6 +10,7 @@ from rlzoo.bases.groups import (
 from rlzoo.bases.pairs import (
     PairLoss,
     PairObjective,
+    ReferencePairObjective,
     Rows,
     check_smoothing,
     length,
@@ -26,6 +27,7 @@ __all__ = [
     "PairLoss",
     "PairObjective",
     "PolicyGradient",
+    "ReferencePairObjective",
     "Rows",
     "check_smoothing",
     "length",

@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from rlzoo.bases.ratios import check_positive
 from rlzoo.errors import UserError
+from rlzoo.inputs import Input, Reference
 from rlzoo.objective import Normaliser, Objective
 from rlzoo.types import Coefficients, Coupling, Selection, TokenBatch
 
@@ -65,6 +67,28 @@ class PairObjective(Objective):
             loss=torch.where(chosen, found.loss, 0).to(batch.dtype),  # one loss per pair, carried by its better half
             metrics={named: margin, "accuracy": (margin > 0).to(margin.dtype)},
         )
+
+
+@dataclass(frozen=True)
+class ReferencePairObjective(PairObjective):
+    """The base of pair objectives whose score is Σ_t log(π_θ/π_ref)(y_t), with a factor ``beta`` in the loss.
+
+    Raises UserError unless ``beta`` is above 0.
+    """
+
+    beta: float = field(default=0.1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_positive(self.name, beta=self.beta)
+
+    @property
+    def requires(self) -> tuple[Input, ...]:
+        return (Reference(),)
+
+    def log_ratio(self, batch: TokenBatch) -> Rows:
+        """Σ_t log(π_θ/π_ref)(y_t) of each row [B]."""
+        (reference,) = self.needed(batch, "reference_logp")
+        return total(batch, batch.logp - reference)
 
 
 def total(batch: TokenBatch, per_token: Float[Tensor, "B T"]) -> Rows:

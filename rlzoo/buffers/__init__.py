@@ -3,7 +3,7 @@
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.buffer import Buffer, OfflineBuffer, RolloutBuffer
 from rlzoo.buffers.exports import to_trl
-from rlzoo.buffers.formats import from_trl, read_buffer
+from rlzoo.buffers.formats import from_trl, read_buffer, require_table
 from rlzoo.buffers.importer import Importer, LoggedSample, get_importer, list_importers, register_importer
 from rlzoo.buffers.importing import import_log
 from rlzoo.buffers.overview import overview
@@ -34,5 +34,6 @@ __all__ = [
     "prompt_key",
     "read_buffer",
     "register_importer",
+    "require_table",
     "to_trl",
 ]

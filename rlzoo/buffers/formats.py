@@ -104,6 +104,12 @@ def read_buffer(
         return _read_buffer(where, bad, split, columns or {}, encoding)
 
 
+def require_table(where: str, split: str | None = None) -> None:
+    """Raise UserError unless there is something that `read_buffer` could read, before a model is loaded for it."""
+    if not storage.is_folder(where):
+        SourceTable.find(where, split)
+
+
 def _read_buffer(where: str, bad: BadRows, split: str | None, columns: Columns, encoding: _Encoding) -> OfflineBuffer:
     if storage.is_folder(where):
         _require_plain(where, split, columns)

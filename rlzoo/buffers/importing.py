@@ -19,7 +19,7 @@ from rlzoo.buffers.schema import to_row
 from rlzoo.buffers.stripped import Restorer
 from rlzoo.buffers.tables import SourceTable, chunks
 from rlzoo.errors import UserError, kind_of
-from rlzoo.jobs.sources import data_files
+from rlzoo.jobs.sources import data_files, path_of
 from rlzoo.policy.chat import Message, turn_of
 from rlzoo.policy.encoding import (
     Completion,
@@ -64,9 +64,9 @@ def import_log(
 
 def _items(importer: Importer, source: str) -> Iterator[Item]:
     """The rows of the log's files."""
-    if not Path(source).is_dir():
+    if not path_of(source).is_dir():
         return SourceTable.find(source).rows()
-    found = (data_files(Path(source) / pattern) for pattern in importer.files)
+    found = (data_files(path_of(source) / pattern) for pattern in importer.files)
     files = next(filter(None, found), None)
     if files is None:
         names = " or ".join(importer.files)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
-from rlzoo.errors import UserError, unknown
+from rlzoo.errors import EmptyViewError, UnscoredError, UserError, unknown
 from rlzoo.types import Selector, Unit, Units, register_view
 
 Mask = Bool[np.ndarray, " N"]
@@ -33,7 +33,7 @@ def demonstrations(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     """Rows with source ``demonstration``, one per unit. Raises UserError if there are none."""
     chosen = np.flatnonzero(_has_source(rows, "demonstration") & _whole(rows, truncated))
     if not len(chosen):
-        raise UserError(
+        raise EmptyViewError(
             f"the buffer has no demonstrations (0 of {len(rows):,} rows have the source 'demonstration'"
             f"{_and_whole(truncated)}): "
             "say which column of the problems holds worked solutions (--column solution=COLUMN, or `solution:`), or "
@@ -63,7 +63,7 @@ def correct(
     chosen = np.flatnonzero(mask)
     if not len(chosen):
         _require_rewards(rows)
-        raise UserError(
+        raise EmptyViewError(
             f"the buffer has no correct samples (0 of {len(rows):,} rows reach reward {threshold:g}"
             f"{_and_whole(truncated)}): sample more per prompt (rollouts.samples), warm the base up first (warm_up), "
             "or lower the objective's option threshold"
@@ -124,16 +124,16 @@ def pairs(
         prompts = len(np.unique(prompt[mask]))
         if not prompts:
             _require_rewards(rows)
-            raise UserError(
+            raise EmptyViewError(
                 f"the buffer has no pairs (none of its {len(rows):,} rows is a sample or a preference with a reward"
                 f"{_and_whole(truncated)}): give a table with 'chosen' and 'rejected', or sample with rlzoo rollout"
             )
         if pairing == "best_worst":
-            raise UserError(
+            raise EmptyViewError(
                 f"the buffer has no pairs (in all its {prompts:,} sampled prompts, completions have equal rewards"
                 f"{_and_whole(truncated)}): sample more per prompt with rlzoo rollout"
             )
-        raise UserError(
+        raise EmptyViewError(
             f"the buffer has no pairs (0 of {prompts:,} sampled prompts have both a completion that reaches "
             f"reward {threshold:g} and one that does not{_and_whole(truncated)}): sample more per prompt with rlzoo "
             "rollout, or move the threshold"
@@ -167,7 +167,7 @@ def groups(
                 "--set training.behaviour=current takes the initial policy's): set it, or training.behaviour: current "
                 "in an experiment's file"
             )
-        raise UserError(
+        raise EmptyViewError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
             f"behaviour log-probs{_and_whole(truncated)}): sample some with rlzoo rollout"
         )
@@ -180,7 +180,9 @@ def groups(
     if size is not None:
         whole = tuple(unit[:size] for unit in units if len(unit) >= size)
         if not whole:
-            raise UserError(
+            drawn = np.bincount(_codes(rows["prompt_id"])[_has_source(rows, "policy")]).max()
+            kind = EmptyViewError if drawn >= size else UserError  # as many of other samples may be usable, or never
+            raise kind(
                 f"the buffer has no groups of {size} samples (the largest of its {len(units):,} has "
                 f"{max(map(len, units))}): sample more per prompt with rlzoo rollout, or lower size"
             )
@@ -189,7 +191,7 @@ def groups(
         values = reward.tolist()
         mixed = tuple(unit for unit in units if len({values[i] for i in unit}) > 1)
         if not mixed:
-            raise UserError(
+            raise EmptyViewError(
                 f"the buffer has no groups of unequal rewards (in all its {len(units):,} the samples have the same): "
                 "sample more per prompt with rlzoo rollout, or take prompts of another difficulty"
             )
@@ -204,7 +206,7 @@ def _guided(rows: pa.Table, units: Units, most: int, truncated: Truncated) -> Un
         of_prompt.setdefault(int(prompt[index]), []).append(int(index))
     guided = tuple((*unit, *of_prompt.get(int(prompt[unit[0]]), [])[:most]) for unit in units)
     if guided == units:
-        raise UserError(
+        raise EmptyViewError(
             f"the buffer has no demonstrations of the prompts of its {len(units):,} groups{_and_whole(truncated)}: "
             "import some with the same prompts"
         )
@@ -216,7 +218,7 @@ def unpaired(rows: pa.Table, truncated: Truncated = "keep") -> Units:
     chosen = np.flatnonzero(~_has_source(rows, "demonstration") & ~np.isnan(rewards(rows)) & _whole(rows, truncated))
     if not len(chosen):
         _require_rewards(rows)
-        raise UserError(
+        raise EmptyViewError(
             f"the buffer has no rewarded rows (0 of {len(rows):,} rows have a reward and are not demonstrations"
             f"{_and_whole(truncated)}): sample some with rlzoo rollout, or import unpaired preferences with from_trl"
         )
@@ -294,9 +296,9 @@ def rewards(rows: pa.Table) -> Float[np.ndarray, " N"]:
 
 
 def _require_rewards(rows: pa.Table) -> None:
-    """Raise UserError if there are samples, and no row has a reward."""
+    """Raise UnscoredError if there are samples, and no row has a reward."""
     if _has_source(rows, "policy", "preference").any() and np.isnan(rewards(rows)).all():
-        raise UserError(
+        raise UnscoredError(
             f"the buffer has no rewards (none of its {len(rows):,} rows has one): score them with rlzoo rescore"
         )
 

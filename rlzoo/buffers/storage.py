@@ -26,7 +26,7 @@ from rlzoo.errors import UserError
 from rlzoo.jobs.hub import local_copy
 from rlzoo.jobs.outputs import file_digest, replacing
 from rlzoo.jobs.sharing import CARD, hub_id, public
-from rlzoo.jobs.sources import kind_of_file
+from rlzoo.jobs.sources import kind_of_file, path_of
 from rlzoo.types import Trajectory
 
 _DONT_NEED = 4  # MADV_DONTNEED
@@ -40,7 +40,7 @@ def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, A
     """Write a folder that opens memory-mapped, with its ``card``. Raises UserError if ``path`` exists and is not a
     buffer.
     """
-    path = Path(path)
+    path = path_of(path)
     if path.exists() and not (path / _FOLDER_MARK).exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is not a buffer: choose another path")
     with replacing(path) as beside, quiet():
@@ -54,13 +54,13 @@ def write_folder(rows: datasets.Dataset, path: str | Path, settings: dict[str, A
 
 def write_parquet(rows: datasets.Dataset, path: str | Path) -> None:
     """Write ``rows`` as one Parquet file."""
-    with replacing(Path(path)) as beside, quiet():
+    with replacing(path_of(path)) as beside, quiet():
         rows.to_parquet(beside, write_page_checksum=True)
 
 
 def write_jsonl(trajectories: Iterable[Trajectory], path: str | Path) -> None:
     """Write one trajectory per line, as a JSON object of its fields."""
-    with replacing(Path(path)) as beside, beside.open("w", encoding="utf-8") as file:
+    with replacing(path_of(path)) as beside, beside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in trajectories)
 
 
@@ -69,7 +69,7 @@ def local_path(source: str | Path) -> Path:
 
     Raises UserError if a pushed folder cannot be downloaded.
     """
-    path = Path(source)
+    path = path_of(source)
     return path if path.exists() else local_copy(str(source), SETTINGS) or path
 
 
@@ -128,7 +128,7 @@ def release_pages(rows: datasets.Dataset) -> None:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings stored with the rows of a folder; empty if `write_folder` did not write it."""
-    file = Path(path) / SETTINGS
+    file = path_of(path) / SETTINGS
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError:

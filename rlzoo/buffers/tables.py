@@ -19,7 +19,7 @@ from rlzoo.buffers.bad_rows import BadRows, located
 from rlzoo.buffers.files import BATCH, Item, batch_rows, file_rows, first_line, require_data, require_distinct
 from rlzoo.buffers.values import usable
 from rlzoo.errors import UnreachableError, UserError
-from rlzoo.jobs.sources import SUFFIXES, data_files, is_pattern, kind_of_file
+from rlzoo.jobs.sources import SUFFIXES, data_files, is_pattern, kind_of_file, path_of
 
 GIVE = f"give a file ({', '.join(SUFFIXES)}), a folder of them, or a Hub id"
 _SPLITS = {
@@ -175,13 +175,13 @@ def quiet() -> Iterator[None]:
 
 def _is_local(source: str | Path) -> bool:
     """Whether a source is, or looks like, something on this machine."""
-    path, name = Path(source), str(source)
+    path, name = path_of(source), str(source)
     return path.exists() or is_pattern(name) or bool(kind_of_file(path)) or path.is_absolute() or name.startswith(".")
 
 
 def _found(source: str | Path, split: str | None) -> list[Path] | datasets.Dataset:
     """The files of a source, or the data set that it is, whichever slice of a split is requested."""
-    path = Path(source)
+    path = path_of(source)
     if not str(source).strip():
         raise UserError(f"the name of the data is empty: {GIVE}")
     if not _is_local(source):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from rlzoo.buffers.selectors import rewards
-from rlzoo.errors import UserError, unknown
+from rlzoo.errors import EmptyViewError, UserError, unknown
 from rlzoo.objective import Objective, is_composite, view_of
 from rlzoo.registry import one_line
 from rlzoo.types import Selector, Unit, Units, WhichView, builtin, name_of_view, selector_of
@@ -91,7 +91,7 @@ def _units(selector: Selector, rows: pa.Table, options: Mapping[str, Any]) -> Un
     except Exception as error:
         raise UserError(f"{name} gave no units, tuples of row indices: {one_line(error)}") from error
     if not units:
-        raise UserError(f"{name} selects none of the buffer's {len(rows):,} rows")
+        raise EmptyViewError(f"{name} selects none of the buffer's {len(rows):,} rows")
     flat = list(itertools.chain.from_iterable(units))
     if wrong := [row for row in flat if type(row) is not int and not isinstance(row, np.integer)]:
         raise UserError(f"{name} holds {wrong[0]!r:.40}, which is not a row index")
@@ -192,7 +192,7 @@ def _quality(rows: pa.Table, units: Units) -> tuple[float, ...]:
 def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, dict[str, Any]]:
     """`view_of` with another view in place of the objective's own, with as many rows per unit.
 
-    Raises UserError for an unknown view, and for one that the objective cannot learn from.
+    Raises UserError for an unknown view, for wrong options, and for a view that the objective cannot learn from.
     """
     own, options = view_of(objective)
     other, name = builtin(other), name_of_view(other)
@@ -211,4 +211,6 @@ def view_in_place(objective: Objective, other: WhichView) -> tuple[WhichView, di
         raise UserError(
             f"learns_from: rows of the view {name!r} may have no reward, and {objective.name!r} learns from rewards"
         )
-    return other, {key: value for key, value in options.items() if key in KEPT_OPTIONS and value}
+    kept = {key: value for key, value in options.items() if key in KEPT_OPTIONS and value}
+    check_options(it, kept)
+    return other, kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from rlzoo.cli.scaffold import new
 from rlzoo.cli.serve import serve
 from rlzoo.cli.train import train
 from rlzoo.cli.variance import variance
+from rlzoo.jobs.sources import path_of
 
 Handler = Callable[..., int]
 PANELS: dict[str, Sequence[Handler]] = {
@@ -69,9 +71,14 @@ def _bound(handler: Handler) -> Callable[..., functools.partial[int]]:
 
     @functools.wraps(handler)
     def bind(**parameters: object) -> functools.partial[int]:
-        return functools.partial(handler, **parameters)
+        return functools.partial(handler, **{name: _expanded(value) for name, value in parameters.items()})
 
     return bind
+
+
+def _expanded(value: object) -> object:
+    """A parameter; a path with ``~`` replaced, which a shell does not do in ``--out=~/runs/rft``."""
+    return path_of(value) if isinstance(value, Path) else value
 
 
 def _show_version(value: bool) -> None:

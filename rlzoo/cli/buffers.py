@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument
 
 from rlzoo.cli import completion, options
+from rlzoo.jobs.sources import path_of
 
 if TYPE_CHECKING:
     from rlzoo.training.uses import Use
@@ -191,7 +192,7 @@ def rescore(
 
 def _beside(buffer: str) -> Path:
     """Where a rescored buffer is saved by default."""
-    path = Path(buffer)
+    path = path_of(buffer)
     kind = path.suffix if path.suffix in (".parquet", ".jsonl") else ""
     return (path if path.exists() else Path(path.name)).with_name(f"{path.name.removesuffix(kind)}-rescored{kind}")
 

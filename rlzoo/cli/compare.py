@@ -43,6 +43,14 @@ def compare(
     sets: options.Set = None,
     twin: options.Twin = False,
     out: options.Out = None,
+    reuse: Annotated[
+        str | None,
+        options.running(
+            metavar="RUN",
+            help="Finished comparison, or study, with the same settings but other rows or seeds: its cells are not "
+            "trained again.",
+        ),
+    ] = None,
     push_to_hub: options.PushToHub = None,
     public: options.Public = False,
     workers: options.Workers = None,
@@ -72,6 +80,7 @@ def compare(
       rlzoo compare arithmetic --algorithms sft,dft,my.py:Mine --seeds 0,1,2
       rlzoo compare arithmetic --set training.steps=40 --set evaluation.samples=8
       rlzoo compare my.yaml --learning-rates 1e-5,5e-5 --executor ray
+      rlzoo compare arithmetic --algorithms sft,dft,my.py:Mine --seeds 0,1,2,3,4 --reuse arithmetic
       rlzoo compare paper/offline-rl --dry-run
       rlzoo compare paper/offline-rl --twin
       rlzoo compare arithmetic --push-to-hub alice/arithmetic
@@ -91,7 +100,7 @@ def compare(
     )  # fmt: skip
     check_validation(chosen, data)
     if dry_run:
-        return _show_dry_run(chosen)
+        return _show_dry_run(chosen, reuse)
     from rich.console import Console
 
     from rlzoo.cli.pushing import files_of_comparison
@@ -107,7 +116,7 @@ def compare(
 
     folder, console = out or where(chosen, threads), Console(quiet=not is_main(), highlight=False, markup=False)
     with pushed(push_to_hub, "dataset", not public, folder, files_of_comparison) as push:
-        results = compare(chosen, folder, workers, threads, executor=executor, address=address)
+        results = compare(chosen, folder, workers, threads, executor=executor, address=address, reuse=reuse)
         show(console, report_table(results))
         console.print(f"{results['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
         if failed := len(results["failed"]):
@@ -120,7 +129,7 @@ def compare(
     return 1 if failed else 0
 
 
-def _show_dry_run(experiment: Experiment) -> int:
+def _show_dry_run(experiment: Experiment, reuse: str | None) -> int:
     from rich.console import Console
 
     from rlzoo.cli.tables import show
@@ -129,6 +138,9 @@ def _show_dry_run(experiment: Experiment) -> int:
 
     with loading():
         from rlzoo.comparison.dry_run import dry_run, tables_of
+        from rlzoo.comparison.reuse import reusable
+
+        there = {} if reuse is None else reusable(experiment, reuse)
 
     silence()
     console = Console(highlight=False, markup=False)
@@ -136,4 +148,6 @@ def _show_dry_run(experiment: Experiment) -> int:
     show(console, tables)
     for line in lines:
         console.print(line, soft_wrap=True)
+    if there:
+        console.print(f"Cells that would not be trained again: the {len(there)} that are in {reuse}.", soft_wrap=True)
     return 0

@@ -18,7 +18,7 @@ from rlzoo.document.estimates import number
 from rlzoo.errors import UserError
 from rlzoo.inputs import Context, Input, Stage
 from rlzoo.jobs.outputs import write_atomically
-from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, reduce, surrogate
+from rlzoo.objective import Objective, get_objective, is_composite, list_objectives, objective_class, surrogate
 from rlzoo.testing.logits import is_random
 from rlzoo.types import TokenBatch, Trajectory, selector_of
 
@@ -120,17 +120,17 @@ def weight_of(objective: Objective, probabilities: Sequence[float], others: int)
     target = torch.zeros(len(p), dtype=torch.long)
     logp = logits.log_softmax(1)[:, :1]
     batch = _batch(objective, logits.detach(), logp, target)
-    loss = surrogate(objective, batch, 1.0)
+    term = objective.logit_term(logits, logits.detach(), target) if objective.has_logit_term else None
+    terms = [None] * len(p) if term is None else list(term.view(-1, 1, 1))
+    loss = surrogate(objective, batch, 1.0, term=None if term is None else term[:, None])
     if objective.is_coupled:
-        alone = [surrogate(objective, batch.rows(torch.tensor([place]), 1), 1.0) for place in range(len(p))]
+        rows = [batch.rows(torch.tensor([place]), 1) for place in range(len(p))]
+        alone = [surrogate(objective, row, 1.0, term=own) for row, own in zip(rows, terms, strict=True)]
         (together,) = torch.autograd.grad(loss, logp, retain_graph=True)
         loss = torch.stack(alone).sum()
         (single,) = torch.autograd.grad(loss, logp, retain_graph=True)
         if not torch.allclose(together * single.norm(), single * together.norm()):
             raise UserError("its weight depends on the other tokens of the batch")
-    term = objective.logit_term(logits, logits.detach(), target) if objective.has_logit_term else None
-    if term is not None:
-        loss = loss + reduce(term[:, None], batch, objective.normaliser, 1.0)
     (slope,) = torch.autograd.grad(loss, logits)
     return -slope[:, 0] / (1 - p) + 0.0  # not -0
 

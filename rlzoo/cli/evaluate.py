@@ -50,9 +50,10 @@ def evaluate(
         from rlzoo.comparison.resolve import metrics_of, reward_of
         from rlzoo.comparison.warm_up import base_policy
         from rlzoo.evaluation import evaluate
-        from rlzoo.rollout import unscored
+        from rlzoo.rollout import sampler_class, unscored
 
     prepare(threads, trust_remote_code)
+    sampler_class(chosen.evaluation).check_installed()
     scored_sets = chosen.scored_sets
     scored_by = {name: reward_of(chosen, benchmark=name) for name in scored_sets}
     table = metrics_of(chosen)

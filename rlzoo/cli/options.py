@@ -29,6 +29,13 @@ def count(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """A random seed on the command line. Raises BadParameter for anything but a whole number from 0 to 2³² - 1."""
+    if not 0 <= (number := whole(text)) < 2**32:
+        raise BadParameter(f"{number} is no seed: give a whole number from 0 to {2**32 - 1}")
+    return number
+
+
 def number(text: str) -> float:
     """A number on the command line. Raises BadParameter for anything else."""
     try:
@@ -139,7 +146,7 @@ PushToHub = Annotated[
     ),
 ]
 Public = Annotated[bool, running("--public", help="With --push-to-hub: let everybody see the repository.")]
-Seed = Annotated[int, running(metavar="N", parser=whole, help="Random seed.")]
+Seed = Annotated[int, running(metavar="N", parser=seed, help="Random seed.")]
 Workers = Annotated[int | None, running(metavar="N", parser=count, help="Worker processes. Default: one per core.")]
 WorkerThreads = Annotated[int, running(metavar="N", parser=count, help="Threads per worker process.")]
 Threads = Annotated[

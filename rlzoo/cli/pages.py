@@ -7,9 +7,9 @@ A page is Markdown with markers, each above the table, or the image, that it sta
     <!-- comparison: dft sft; rows: arithmetic, facts -->
 
 A table or figure is a study, or a folder of a finished comparison or analysis, and a part of its report, by the name
-that `rlzoo results export` gives to its file; other studies have their tables as NAME.csv. A comparison is that of
-`rlzoo results compare`, a row per study and benchmark. ``rows`` and ``columns`` leave out the others; ``baseline`` is
-that of differences.
+that `rlzoo results export` gives to its file; other studies have their tables as NAME.csv, and figures as NAME.svg. A
+comparison is that of `rlzoo results compare`, a row per study and benchmark. ``rows`` and ``columns`` leave out the
+others; ``baseline`` is that of differences.
 """
 
 from __future__ import annotations
@@ -118,12 +118,14 @@ def _below(found: re.Match[str], folder: Path, figures: dict[Path, str]) -> str:
     place, *given = told.split("; ")
     study, _, name = place.partition(" ")
     options = dict(_option(one) for one in given)
-    part: Table | Figure
+    part: Table | Figure | str
     if kind == "comparison":
         part = _compared(study, name)
     elif kind == "table" and (file := STUDIES / study / f"{name}.csv").is_file():
         header, *rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
         part = Table(header, [[Entry(text) for text in row] for row in rows])
+    elif kind == "figure" and (file := STUDIES / study / f"{name}.svg").is_file():
+        part = file.read_text(encoding="utf-8")
     else:
         part = parts_of(study, options.pop("baseline", None)).find(Table if kind == "table" else Figure, name)
     head = found[0].partition("\n")[0] + "\n"
@@ -134,7 +136,7 @@ def _below(found: re.Match[str], folder: Path, figures: dict[Path, str]) -> str:
     image = re.fullmatch(r"!\[[^\]]*\]\(([^)]+\.svg)\)\n", below)
     if image is None:
         raise UserError(f"the figure {name!r} needs an image below its marker, such as ![...](figures/{name}.svg)")
-    figures[folder / image[1]] = standalone(part.drawing.svg)
+    figures[folder / image[1]] = part if isinstance(part, str) else standalone(part.drawing.svg)
     return head + below
 
 

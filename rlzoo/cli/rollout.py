@@ -60,10 +60,11 @@ def rollout(
         from rlzoo.comparison.shared_buffer import card_of, flops_of_sampling
         from rlzoo.comparison.warm_up import base_policy
         from rlzoo.policy.sequences import learned_tokens
-        from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_of, unscored
+        from rlzoo.rollout import collect_rollouts, cut_short, mismatch, sampler_class, sampler_of, unscored
 
     prepare(threads, trust_remote_code)
     bad = BadRows(chosen.train.bad_rows)
+    sampler_class(chosen.rollouts).check_installed()
     scored_by, problems = reward_of(chosen), load_problems(chosen.train, bad)[: chosen.rollouts.prompts]
     silence()
     asked = {"experiment": chosen.model_dump(mode="json"), "seed": seed, "threads": threads}

@@ -21,6 +21,7 @@ from rlzoo.config import (
     OnBadRow,
     ProblemSource,
     Scoring,
+    Seed,
     Strict,
     TableSource,
     Training,
@@ -56,7 +57,7 @@ class TrainSettings(Strict):
     training: Training = Training()
     model: str = "embedded"
     buffer: TableSource
-    seed: int = 0
+    seed: Seed = 0
 
 
 class RescoreSettings(Strict):

@@ -97,19 +97,22 @@ def train(
     from rlzoo.jobs.sharing import CARD
 
     with loading():
-        from rlzoo.buffers import read_buffer
+        from rlzoo.buffers import read_buffer, require_table
         from rlzoo.buffers.bad_rows import BadRows, dropped_line
         from rlzoo.objective import get_objective
         from rlzoo.policy.defaults import resolved
         from rlzoo.policy.loading import ADAPTER, load_for, save_policy
         from rlzoo.training import train
+        from rlzoo.training.batches import views_of
         from rlzoo.training.card import Trained, adapter_card, model_card
-        from rlzoo.training.trackers import LOGS
+        from rlzoo.training.trackers import LOGS, check_trackers
 
     check_public(public, push_to_hub)
     prepare(threads, trust_remote_code)
     training, table = settings.training, settings.buffer
     what = get_objective(settings.objective, **settings.options)
+    views_of(what)  # raises for wrong options of its view
+    check_trackers(training)
     silence()
     remaining = Remaining()
 
@@ -124,6 +127,7 @@ def train(
         if run.finished:
             print(f"already finished: {out}")
             return 0
+        require_table(table.source, table.split)
         journal = Journal(run.state, "train")
         journal.begin()
 

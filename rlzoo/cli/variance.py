@@ -71,7 +71,7 @@ def variance(
         int,
         options.running(
             metavar="N",
-            parser=options.whole,
+            parser=options.seed,
             help="Random seed for the choice of rows, the Monte Carlo samples and training.",
         ),
     ] = 0,
@@ -89,12 +89,14 @@ def variance(
       rlzoo variance --buffer runs/buffer --objectives rft,dpo,grpo --every 0
     """
     from rlzoo.cli.settings import allow_remote_code, experiment_of
+    from rlzoo.config import VarianceSettings, validated
 
     allow_remote_code(trust_remote_code)
     measured = {
         "rows": rows, "draws": draws, "every": every, "probe_rows": probe_rows, "seed": seed,
         "token_classes": token_classes, "class_gradients": class_gradients,
     }  # fmt: skip
+    settings = validated(VarianceSettings, measured, "variance")
     chosen = experiment_of(
         experiment, sets,
         algorithms=objectives, steps=steps, model=model, reward=reward, data=data, columns=column, bad_rows=bad_rows,
@@ -103,18 +105,18 @@ def variance(
     from rich.console import Console
 
     from rlzoo.cli.tables import show
-    from rlzoo.config import validated
     from rlzoo.jobs.progress import loading
 
     with loading():
-        from rlzoo.variance.report import report_tables
-        from rlzoo.variance.run import VarianceSettings, run_variance, where
+        from rlzoo.variance.report import report_tables, without_noise_scale
+        from rlzoo.variance.run import run_variance, where
 
-    settings = validated(VarianceSettings, measured, "variance")
     folder = out or where(chosen, settings, buffer, threads)
     found = run_variance(chosen, folder, settings, buffer, workers, threads)
     console = Console(highlight=False, markup=False)
     show(console, report_tables(found))
+    for reason, names in without_noise_scale(found).items():
+        console.print(f"no noise scale for {', '.join(names)}: {reason}", soft_wrap=True)
     for name, reason in {**found["skipped"], **found["failed"]}.items():
         console.print(f"{name}: {reason}", soft_wrap=True)
     console.print(f"{found['wall_seconds']:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)

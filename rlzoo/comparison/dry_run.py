@@ -11,10 +11,9 @@ import datasets.config
 import huggingface_hub.constants
 import rich.table
 
-from rlzoo.buffers import storage
+from rlzoo.buffers import require_table
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
-from rlzoo.buffers.tables import SourceTable
 from rlzoo.comparison import resolve
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.plan import cells
@@ -94,8 +93,7 @@ def unchecked(experiment: Experiment) -> list[str]:
             missing[f"the data set {source.source}"] = None
     if (table := experiment.demonstrations_table) is not None:
         try:
-            if not storage.is_folder(table.source):
-                SourceTable.find(table.source, table.split)
+            require_table(table.source, table.split)
         except UnreachableError:
             missing[f"the data set {table.source}"] = None
     resolve.metrics_of(experiment)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from rlzoo.buffers import require_table
 from rlzoo.buffers.problems import EncodedProblem, Problem, load_problems
 from rlzoo.buffers.templates import columns_in
-from rlzoo.buffers.views import check_options, view_in_place
+from rlzoo.buffers.views import view_in_place
 from rlzoo.comparison.outcomes import OVERALL
 from rlzoo.config import BASE, WARM_UP, Benchmark, Experiment, ProblemSource, get_suite, load_experiment
 from rlzoo.errors import UserError, unknown
@@ -60,12 +61,9 @@ def views_of(experiment: Experiment, algorithm: str) -> Views:
     """
     objective, other = objective_of(experiment, algorithm), experiment.algorithms[algorithm].learns_from
     try:
-        views = batches.views_of(objective) if other is None else [view_in_place(objective, other)]
-        for which, options in views:
-            check_options(selector_of(which), options)
+        return batches.views_of(objective) if other is None else [view_in_place(objective, other)]
     except UserError as error:
         raise UserError(f"algorithms.{algorithm}: {error}") from None
-    return views
 
 
 def learns_from_samples(views: Views) -> bool:
@@ -78,6 +76,8 @@ def check(experiment: Experiment) -> None:
     check_names(experiment)
     for place, source in sources_of(experiment).items():
         check_source(experiment, place, source)
+    if (table := experiment.demonstrations_table) is not None:
+        require_table(table.source, table.split)
     metrics_of(experiment)
 
 

@@ -35,10 +35,12 @@ from rlzoo.comparison.plan import (
     tuning_of,
     workers_at,
 )
-from rlzoo.comparison.report import comparison_card, write_report
+from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report.card import comparison_card
 from rlzoo.comparison.report.schema import parse_results
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.retention import summarise_retention
+from rlzoo.comparison.reuse import origins, reusable, store
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
 from rlzoo.config import BASE, WARM_UP, Experiment, load_experiment
 from rlzoo.errors import UserError
@@ -78,6 +80,7 @@ def compare(
     console: Console | None = None,
     executor: Literal["local", "ray"] = "local",
     address: str | None = None,
+    reuse: Path | str | None = None,
 ) -> dict[str, Any]:
     """Run every cell of an experiment, and write results and report to ``out``; returns the content of results.json.
 
@@ -85,7 +88,8 @@ def compare(
     comparison was interrupted, which is then resumed, else to a new one. ``workers`` defaults to the number of GPUs, or
     of cores if there are none; each has ``threads`` threads. With ``executor="ray"`` cells are tasks of the Ray cluster
     at ``address`` (None: start one here), as many at a time as its CPUs or GPUs allow. Under `accelerate launch` all
-    processes call this and share the work of each cell; the main one writes.
+    processes call this and share the work of each cell; the main one writes. ``reuse`` is the folder of a finished
+    comparison, or the name of a study: cells that it has already are not trained again (`rlzoo.comparison.reuse`).
 
     A cell that fails is reported while the others continue; the same call retries it. Raises UserError for wrong input,
     without leaving ``out`` behind, and if no cell succeeds.
@@ -96,6 +100,7 @@ def compare(
     started = time.perf_counter()
     with Heartbeat(console, "reading the data"):
         check(experiment)
+        known = {} if reuse is None else reusable(experiment, str(reuse))
     workers = workers_at(experiment, workers, executor)
     out = where(experiment, threads) if out is None else Path(out)
     with run_in(out, "compare", _asked(experiment, threads)) as run, Heartbeat(console, "starting") as heartbeat:
@@ -103,6 +108,8 @@ def compare(
             say(console, f"{experiment.name}: already finished, in {out}", style="bold")
             found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
             return found
+        if is_main():
+            store(known, experiment, run.state)
         number = min(workers or default_workers(), max(2, len(cells(experiment))))
         processes, how = _workers(executor, address, number, threads, console)
         with processes as running:
@@ -232,6 +239,7 @@ def _run(
         **({"buffers": facts} if experiment.rollouts.per_seed else facts),
         "dropped_rows": dropped,
         "events": [
+            *origins(reported, len(chosen)),
             *([] if warm is None else (f"warm-up: {event}" for event in warm["events"])),
             *dict.fromkeys(event for found in (*buffers.values(), base) for event in found["events"]),
         ],

@@ -16,6 +16,7 @@ from rlzoo.config import BASE
 from rlzoo.config.files import EXPERIMENTS
 from rlzoo.errors import UserError, unknown
 from rlzoo.jobs.outputs import replacing
+from rlzoo.jobs.sources import path_of
 
 STUDIES = EXPERIMENTS / "results"
 """The folder of the studies that are included in rlzoo."""
@@ -35,7 +36,7 @@ def list_analyses() -> list[str]:
 
 def study_folder(name: str) -> Path:
     """The folder of a study, given its name, or that of a finished run. Raises UserError for an unknown name."""
-    if (folder := Path(name)).is_dir():
+    if (folder := path_of(name)).is_dir():
         return folder
     if name not in (known := [*list_studies(), *list_analyses()]):
         raise unknown("study", name, known)

@@ -1,5 +1,6 @@
 """Experiments: their settings, the validation of these, and the files that hold them."""
 
+from rlzoo.config.analysis import LEAST_DRAWS, VarianceSettings
 from rlzoo.config.files import EXPERIMENTS, list_experiments, load_experiment
 from rlzoo.config.reading import lay, read_yaml
 from rlzoo.config.sampling import Rollouts, Sampling, Scoring
@@ -17,11 +18,12 @@ from rlzoo.config.settings import (
 from rlzoo.config.sources import Benchmark, OnBadRow, ProblemSource, Reported, TableSource
 from rlzoo.config.stages import WARM_UP, WarmUp
 from rlzoo.config.suites import get_suite, list_suites
-from rlzoo.config.validation import Positive, Strict, validated
+from rlzoo.config.validation import Positive, Seed, Strict, validated
 
 __all__ = [
     "BASE",
     "EXPERIMENTS",
+    "LEAST_DRAWS",
     "WARM_UP",
     "Algorithm",
     "Benchmark",
@@ -37,10 +39,12 @@ __all__ = [
     "Rollouts",
     "Sampling",
     "Scoring",
+    "Seed",
     "Strict",
     "TableSource",
     "TokenBudget",
     "Training",
+    "VarianceSettings",
     "WarmUp",
     "get_suite",
     "lay",

@@ -53,7 +53,7 @@ def _is_file(name: str) -> bool:
 def _place(name: str, beside: Path) -> Path:
     """The file of an experiment; a path is relative to the folder ``beside``. Raises UserError for an unknown name."""
     if _is_file(name):
-        return beside / name
+        return beside / Path(name).expanduser()
     if name not in (known := _included()):
         raise unknown("experiment", name, known)
     return known[name]

@@ -13,7 +13,7 @@ from rlzoo.config.reading import lay
 from rlzoo.config.sampling import Rollouts, Sampling, Scoring
 from rlzoo.config.sources import Benchmark, ProblemSource, Reported, TableSource, benchmarks_by_name
 from rlzoo.config.stages import WARM_UP, WarmUp, check_stages
-from rlzoo.config.validation import Positive, Strict, one_or_several, valid_token_budget, validated
+from rlzoo.config.validation import Positive, Seed, Strict, one_or_several, valid_token_budget, validated
 
 Packing = Literal["auto", "packed", "padded"]
 """How the rows of a micro-batch are laid out: see `Training.packing`."""
@@ -284,7 +284,7 @@ class Experiment(Strict):
     """The rows of the comparison, by name."""
     baseline: str | None = None
     """The algorithm that the report compares the others with; None: the first."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Each algorithm is trained once per seed."""
     reported: Reported | None = None
     """Published results, which the report shows beside the measured ones."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
-from pydantic import Field
 
 from rlzoo.config.suites import OF_TASKS, settings_of
-from rlzoo.config.validation import Positive, Strict
+from rlzoo.config.validation import Positive, Seed, Strict
 
 OnBadRow = Literal["reject", "drop"]
 """What happens to a row that cannot be used: an error, or the row is left out and counted."""
@@ -45,7 +44,7 @@ class ProblemSource(Strict):
     error that names the problem, or read as that token."""
     limit: Positive | None = None
     """Use at most this many problems; None: all."""
-    subset_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    subset_seed: Seed | None = None
     """Draw the ``limit`` rows at random with this seed, and use them in the order of the table; None: the first ones.
     Which rows are drawn depends on the number of rows alone, and bad ones are not replaced."""
 

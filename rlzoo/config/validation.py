@@ -13,6 +13,8 @@ from rlzoo.errors import UserError, unknown
 M = TypeVar("M", bound=pydantic.BaseModel)
 Positive = Annotated[int, Field(gt=0)]
 """A whole number of at least 1."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A random seed that every generator takes."""
 
 
 class Strict(pydantic.BaseModel):

@@ -15,6 +15,7 @@ from rlzoo.document.blocks import Block, Code, Entry, Heading, Paragraph, Table
 from rlzoo.document.markdown import render_markdown
 from rlzoo.jobs.runs import versions
 from rlzoo.jobs.sharing import CARD, COMMAND, hub_id, public
+from rlzoo.jobs.sources import path_of
 
 TAG = "rlzoo"
 
@@ -27,7 +28,7 @@ def card(metadata: CardData, blocks: Iterable[Block]) -> str:
 def metadata_of(source: str, kind: Literal["model", "dataset"] = "model") -> Mapping[str, Any]:
     """The metadata in the card of a local folder, or of a repository on the Hub as far as it is cached; none without
     one."""
-    if (folder := Path(source).expanduser()).is_dir():
+    if (folder := path_of(source)).is_dir():
         file: Any = folder / CARD
     else:
         file = None if (name := hub_id(source)) is None else try_to_load_from_cache(name, CARD, repo_type=kind)

@@ -1,7 +1,7 @@
 """Inputs that an objective can request in `Objective.requires`; built-in inputs use the same interface as your own."""
 
 from rlzoo.inputs.base import Context, Input, Stage
-from rlzoo.inputs.of_policy import Critic, Snapshot, Statistic
+from rlzoo.inputs.of_policy import Critic, Snapshot, Statistic, TrainingProgress
 from rlzoo.inputs.references import Mismatched, MovingReference, Privileged, Reference, ReferenceLogits
 from rlzoo.inputs.stored import Behaviour, Column, FromDemonstration, Outcome, Truncated
 
@@ -21,5 +21,6 @@ __all__ = [
     "Snapshot",
     "Stage",
     "Statistic",
+    "TrainingProgress",
     "Truncated",
 ]

@@ -62,6 +62,11 @@ class Context(Protocol):
         """The input's moving model."""
         ...
 
+    @property
+    def progress(self) -> float:
+        """The fraction of training that is done: 0 at the first step, and where nothing is trained."""
+        ...
+
     def model(self, name: str | None) -> Policy:
         """A frozen model listed in `Input.models`; None: the initial policy. Raises UserError for any other name."""
         ...
@@ -81,7 +86,7 @@ class Context(Protocol):
         """
         ...
 
-    def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
+    def now(self, key: str = "logp") -> Float[Tensor, "B T ..."]:
         """The policy's current log-probs in nats, or a FORWARD input of the same objective, without a graph."""
         ...
 
@@ -143,8 +148,11 @@ class Input:
         """FORWARD: a module of the input's own, which is trained and checkpointed with the policy; None: no module."""
         return None
 
-    def of_hidden(self, module: Any, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
-        """FORWARD, with its graph: the module's output from the last hidden states at completion positions."""
+    def of_hidden(self, module: Any, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N ..."]:
+        """FORWARD, with its graph: the module's output from the last hidden states at completion positions.
+
+        One number per position, or several, such as the hidden states themselves: the batch has them as [B, T, …].
+        """
         raise NotImplementedError(f"{type(self).__name__} has a module, and must define of_hidden(module, hidden)")
 
     @property
@@ -180,7 +188,9 @@ class Input:
     def after_step(self, context: Context) -> None:
         """Called after every optimizer step; the context has no rows."""
 
-    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"] | Float[Tensor, " B"]:
+    def example(
+        self, logp: Float[Tensor, "B T"], draw: torch.Generator
+    ) -> Float[Tensor, "B T ..."] | Float[Tensor, " B"] | Float[Tensor, ""]:
         """Plausible random values for these log-probs, for `rlzoo.testing`; by default log-probs near them."""
         return logp + 0.4 * normal(logp.shape, draw)
 

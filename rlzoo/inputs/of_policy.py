@@ -1,4 +1,4 @@
-"""Inputs from the policy itself: statistics of its distribution, snapshots, and values of a critic."""
+"""Inputs from the policy itself: statistics of its distribution, snapshots, values of a critic, and its training."""
 
 from __future__ import annotations
 
@@ -93,6 +93,23 @@ class Snapshot(Input):
 
     def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, "B T"]:
         return super().example(logp, draw) if self.of == "logp" else 0.3 * normal(logp.shape, draw)
+
+
+@dataclass(frozen=True)
+class TrainingProgress(Input):
+    """``progress``, a scalar: the fraction of training that is done, for coefficients that change in training.
+
+    0 at the first step and, unless it is told, in the variance analyzer; below 1 at the last.
+    """
+
+    stage: ClassVar[Stage] = Stage.STEP
+    key: ClassVar[str] = "progress"
+
+    def compute(self, context: Context) -> Float[Tensor, ""]:
+        return torch.tensor(context.progress, device=context.mask.device)
+
+    def example(self, logp: Float[Tensor, "B T"], draw: torch.Generator) -> Float[Tensor, ""]:
+        return torch.rand((), dtype=torch.float64, generator=draw)
 
 
 @dataclass(frozen=True)

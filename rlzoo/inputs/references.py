@@ -115,8 +115,8 @@ class ReferenceLogits(Input):
 class Mismatched(Input):
     """``mismatched`` [B]: the batch mean of Σ_t log π_θ/π_ref in nats, for completions paired with other rows' prompts.
 
-    The same for all rows, and independent of micro-batches; 0 if all rows have the same prompt. KTO's estimate of the
-    KL divergence (arXiv 2402.01306).
+    The same for all rows, and independent of micro-batches; 0 if all rows have the same prompt. Pairs that are longer
+    than the model's positions are omitted. KTO's estimate of the KL divergence (arXiv 2402.01306).
     """
 
     stage: ClassVar[Stage] = Stage.STEP
@@ -129,7 +129,8 @@ class Mismatched(Input):
         return normal((), draw).expand(len(logp))
 
     def compute(self, context: Context) -> Float[Tensor, " B"]:
-        others, mean = mismatched(context.rows), torch.zeros((), device=context.mask.device)
+        others = mismatched(context.rows, context.policy.positions)
+        mean = torch.zeros((), device=context.mask.device)
         if others and context.model(None) is not context.policy:
             own, reference = (
                 context.log_probs(model, others).sum(1) for model in (context.policy, context.model(None))
@@ -138,10 +139,11 @@ class Mismatched(Input):
         return mean.expand(len(context.rows))
 
 
-def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
+def mismatched(rows: Sequence[Trajectory], positions: int | None = None) -> list[Trajectory]:
     """Pairs each prompt with a completion of another prompt; each completion is used once, for any order of the rows.
 
-    If one prompt has more than half of the rows, those without a counterpart are omitted.
+    If one prompt has more than half of the rows, those without a counterpart are omitted, and so are pairs of more
+    tokens than ``positions`` (None: no limit).
     """
     order = sorted(rows, key=lambda row: (row.prompt_id, row.completion_ids))
     shift = max(Counter(row.prompt_id for row in rows).values())
@@ -151,6 +153,7 @@ def mismatched(rows: Sequence[Trajectory]) -> list[Trajectory]:
         replace(row, completion_ids=other.completion_ids, completion_mask=other.completion_mask)
         for row, other in pairs
         if row.prompt_id != other.prompt_id
+        and (positions is None or len(row.prompt_ids) + len(other.completion_ids) <= positions)
     ]
 
 

@@ -71,7 +71,8 @@ class FromDemonstration(Input):
 class Outcome(Input):
     """``outcome`` [B]: the reward of the completion; ``demonstrations`` for demonstrations without a reward.
 
-    Unlike ``reward``, which a batch has only if all its rows have one. Raises UserError for samples without a reward.
+    In float64, as ``reward`` is, which a batch has only if all its rows have one. Raises UserError for samples without
+    a reward.
     """
 
     stage: ClassVar[Stage] = Stage.STORED
@@ -92,7 +93,7 @@ class Outcome(Input):
 
 @dataclass(frozen=True)
 class Column(Input):
-    """A column of the data under its own name: one number per completion token [B, T], or per row [B].
+    """A column of the data under its own name: one number per completion token [B, T], or per row [B], in float64.
 
     Raises UserError naming a row that lacks it, or whose list has another length than the completion in tokens,
     including its end of sequence and tokens that are not learned from.

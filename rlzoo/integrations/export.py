@@ -8,7 +8,7 @@ it once, before training.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlzoo.errors import UserError
 from rlzoo.inputs import Input, Stage
-from rlzoo.objective import Objective, get_objective, is_composite, reduce, surrogate_of
+from rlzoo.objective import Objective, get_objective, is_composite, surrogate_of
 from rlzoo.registry import one_line
 from rlzoo.training.sums import reported_loss
 from rlzoo.types import Coefficients, Coupling, TokenBatch, Unit, selector_of
@@ -28,6 +28,7 @@ ABSENT = {
     "policy": "the policy as an object",
     "own": "a moving average of the policy's weights",
     "encode": "how prompts are encoded",
+    "progress": "how far training has come",
 }
 """What only rlzoo's own trainer can tell an input, for messages."""
 UNIT_NAMES = {Unit.ROW: "single rows", Unit.PAIR: "pairs", Unit.GROUP: "groups of samples"}
@@ -185,11 +186,8 @@ class Exported:
             batch = fixed.replace(logp=batch.logp, inputs={**fixed.inputs, **batch.inputs})  # with their graph
         found = objective.coefficients(batch.detach())
         if weight is not None:
-            loss = None if found.loss is None or found.loss.ndim < 2 else found.loss * weight
-            found = replace(found, values=found.values * weight, loss=loss)
-        loss = surrogate_of(found, objective, batch, denominator)
-        if term is not None:
-            loss = loss + reduce(term, batch, objective.normaliser, denominator)
+            found = found.weighted(weight)
+        loss = surrogate_of(found, objective, batch, denominator, term)
         reported = reported_loss(objective, batch, found, loss, denominator)
         return StepLoss(loss + (reported - loss.detach()), loss, batch, found)
 

@@ -80,11 +80,15 @@ def local_copy(name: str, mark: str) -> Path | None:
         return None
     try:
         marked = Path(hf_hub_download(name, mark, repo_type="dataset"))
-    except Exception:  # of many kinds; the caller finds out why when it looks for anything else of that name
-        return None
+    except Exception as error:
+        if _told(name, error) is None:
+            raise
+        return None  # the caller finds out why when it looks for anything else of that name
     try:
         return Path(snapshot_download(name, repo_type="dataset", revision=marked.parent.name))
-    except Exception as error:  # the client's libraries for connections raise many kinds
+    except Exception as error:
+        if _told(name, error) is None:
+            raise
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UnreachableError(
             f"{name} cannot be downloaded from the Hub ({reason:.160}): check connection and disk, and try again"
@@ -159,25 +163,46 @@ def _blob_id(content: bytes) -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """In this context, what the Hub or the connection refuses is raised as UserError."""
-    from huggingface_hub.errors import HfHubHTTPError
-
+    """In this context, what the Hub, the connection or a file refuses is raised as UserError; a fault of the program
+    is raised as it is."""
     try:
         yield
     except UserError:
         raise
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        told = error.server_message or f"status {status}"
+    except Exception as error:
+        told = _told(name, error)
+        if told is None:
+            raise
+        raise UserError(told) from None
+
+
+def _told(name: str, error: BaseException) -> str | None:
+    """What an exception of the Hub's client means, and what to do; None for one that is neither of the Hub nor of this
+    machine."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client's, about a file that it uploads
+        return _told(name, error.__cause__)
+    reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+    if isinstance(error, HfHubHTTPError):
+        status, told = error.response.status_code, error.server_message or f"status {error.response.status_code}"
         if status == 401:
-            raise UserError(f"the Hub does not accept the token ({told:.100}): {_LOG_IN}") from None
+            return f"the Hub does not accept the token ({told:.100}): {_LOG_IN}"
         if status == 403:
-            raise UserError(
-                f"the token may not write to {name} ({told:.100}): check the namespace, and that the token may write"
-            ) from None
-        raise UserError(f"the Hub refuses {name} ({told:.200}): try again later") from None
-    except ValueError as error:  # the header of a card, or an answer that is no JSON
-        raise UserError(f"the Hub refuses {name} ({' '.join(str(error).split()):.200})") from None
-    except Exception as error:  # the client's libraries for connections raise many kinds
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"the Hub cannot be reached ({reason:.160}): check the connection") from None
+            return f"the token may not write to {name} ({told:.100}): check the namespace, and that the token may write"
+        return f"the Hub refuses {name} ({told:.200}): try again later"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used ({error.strerror}): check that you may read and write it"
+    if isinstance(error, PermissionError | FileNotFoundError | ValueError | RuntimeError):
+        return f"the Hub refuses {name} ({reason})"  # also the header of a card, and an answer that is no JSON
+    if isinstance(error, (OSError, _connection_error())):
+        return f"the Hub cannot be reached ({reason}): check the connection"
+    return None
+
+
+def _connection_error() -> type[Exception]:
+    """What the client's own library for connections raises: HTTPError of httpx or of httpx2, as it depends on one."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found: type[Exception] = HfHubHTTPError.__bases__[0]
+    return found

@@ -28,7 +28,7 @@ from rlzoo.jobs.outputs import remove, remove_partial, write_atomically
 from rlzoo.jobs.places import ENDED, JOURNAL, LOCK, RECORD, STATE
 from rlzoo.jobs.ranks import agreed, is_main, world_size
 from rlzoo.jobs.sharing import CARD
-from rlzoo.jobs.sources import data_files, kind_of_file
+from rlzoo.jobs.sources import data_files, kind_of_file, path_of
 from rlzoo.registry import one_line
 
 PACKAGES = ("rlzoo", "torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "math-verify")
@@ -184,7 +184,7 @@ def _files(value: Any) -> dict[str, list[Any]]:
     if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
         return {}
     of_code = re.match(r"(?:\w+:)?(.+\.py)[:@]", value)  # file.py:Name, inspect:file.py@name
-    path = Path(of_code[1] if of_code else value).expanduser()
+    path = path_of(of_code[1] if of_code else value)
     try:
         if path.suffix in _CODE and path.is_file():
             files = [path]
@@ -199,18 +199,25 @@ def _files(value: Any) -> dict[str, list[Any]]:
 
 def _check_same(path: Path, record: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
     for part in ("command", "settings", "files", "versions"):
-        if difference := _difference(record.get(part), identity[part], part):
+        if told := difference(record.get(part), identity[part], part):
             raise UserError(
-                f"--out {str(path)!r} already holds another run, {what} ({difference}): give another name, or remove it"
+                f"--out {str(path)!r} already holds another run, {what} ({told}): give another name, or remove it"
             )
 
 
-def _difference(there: Any, here: Any, name: str) -> str | None:
+def changed_file(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """A file that settings name and that has changed since the run of ``folder``; None without one, or a record."""
+    there = (_read(folder / RECORD) or {}).get("files", {})
+    here = {name: found for name, found in _files(json.loads(json.dumps(settings))).items() if name in there}
+    return next((f"{name} has changed since" for name, found in here.items() if found != there[name]), None)
+
+
+def difference(there: Any, here: Any, name: str) -> str | None:
     """A description of the first difference between two trees of plain data; None if they are equal."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in [*here, *(k for k in there if k not in here)]:
             inner = key if name in ("settings", "files", "versions") else f"{name}.{key}"
-            if found := _difference(there.get(key), here.get(key), inner):
+            if found := difference(there.get(key), here.get(key), inner):
                 return found
         return None
     return None if there == here else f"{name}: {there!r:.60} there, {here!r:.60} here"

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from rlzoo.jobs.sources import is_pattern, kind_of_file
+from rlzoo.jobs.sources import is_pattern, kind_of_file, path_of
 
 CARD = "README.md"
 """The file of a folder's card."""
@@ -53,7 +53,7 @@ def public_command(arguments: Sequence[str]) -> str:
 
 def hub_id(source: str) -> str | None:
     """The Hub id of a model or a data set, without a configuration; None for anything else, such as a local file."""
-    local = Path(source).exists() or is_pattern(source) or kind_of_file(Path(source))
+    local = path_of(source).exists() or is_pattern(source) or kind_of_file(Path(source))
     found = None if local else re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::.*)?|\w[\w.-]*", source, re.ASCII)
     return None if found is None else found[1] or found[0]  # world:NAME has a prefix in place of a namespace
 
@@ -70,6 +70,6 @@ def _text(text: str) -> str:
 
 def _exists(text: str) -> bool:
     try:
-        return Path(text).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long for a path, or the home of an unknown user
+        return path_of(text).exists()
+    except (OSError, ValueError):  # too long for a path
         return False

@@ -13,6 +13,14 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """Compressions of text files."""
 
 
+def path_of(source: str | Path) -> Path:
+    """The path that a source names on this machine, with ``~`` and ``~user`` replaced by the home folder."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # no such user: a file of that name
+        return Path(source)
+
+
 def kind_of_file(path: Path) -> str:
     """The suffix of a file's format, without that of its compression; "" if it is not in `SUFFIXES`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
@@ -25,7 +33,7 @@ def kind_of_file(path: Path) -> str:
 
 def data_files(source: str | Path) -> list[Path]:
     """The local data files of a file, folder or pattern, in order; empty for any other kind of source."""
-    path = Path(source)
+    path = path_of(source)
     if path.is_dir():
         found = path.rglob("*")
         files = iter([f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)])
@@ -43,7 +51,7 @@ def data_files(source: str | Path) -> list[Path]:
 
 def is_pattern(name: str) -> bool:
     """Whether a name is a pattern of file names, and not that of an existing file."""
-    return any(mark in name for mark in "*?[") and not Path(name).exists()
+    return any(mark in name for mark in "*?[") and not path_of(name).exists()
 
 
 def _order(path: Path) -> list[Any]:

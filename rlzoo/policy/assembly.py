@@ -21,7 +21,7 @@ from rlzoo.policy.encoding import encode_prompt
 from rlzoo.policy.loading import load_policy
 from rlzoo.policy.microbatches import FirstPass, Forward, MicroBatches
 from rlzoo.policy.policy import Policy
-from rlzoo.policy.sequences import Tokens, learned, learned_tokens
+from rlzoo.policy.sequences import Tokens, learned, learned_tokens, length
 from rlzoo.types import TokenBatch, Trajectory, Unit, selector_of
 
 Units = Sequence[tuple[int, ...]]
@@ -96,15 +96,17 @@ class Assembler:
         on_forward: Callable[[Policy, Sequence[Tokens]], None] | None = None,
         remember: bool = False,
         first: FirstPass | None = None,
+        progress: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """``on_forward`` is called with the model and rows of every forward pass without a graph, to count costs.
 
         With ``remember``, each model's log-probs of a row are computed once and cached: for models that do not change.
-        ``first`` keeps the first pass of the policy's own log-probs for the gradient of the same rows.
+        ``first`` keeps the first pass of the policy's own log-probs for the gradient of the same rows. ``progress``
+        returns the fraction of training that is done.
         """
         self.policy, self.models = policy, models or Models(policy)
         self.micro = micro or MicroBatches(8192)
-        self.first = first
+        self.first, self.progress = first, progress
         self._on_forward = on_forward
         self._known: dict[tuple[int, int], tuple[Tokens, dict[str, Tensor]]] | None = {} if remember else None
 
@@ -224,6 +226,10 @@ class _Context:
         assert self.input is not None
         return self.assembler.models.own(self.input)
 
+    @property
+    def progress(self) -> float:
+        return self.assembler.progress()
+
     def model(self, name: str | None) -> Policy:
         return self.assembler.models.of(name)
 
@@ -233,7 +239,9 @@ class _Context:
     def log_probs(self, model: Policy, rows: Sequence[Trajectory] | None = None) -> Float[Tensor, "R T"]:
         if rows is None and model is self.policy:
             return self.now()
-        return self.assembler.log_probs(model, self.rows if rows is None else rows)["logp"]
+        rows = self.rows if rows is None else rows
+        _check_positions(model, rows)
+        return self.assembler.log_probs(model, rows)["logp"]
 
     def now(self, key: str = "logp") -> Float[Tensor, "B T"]:
         requires = () if self.objective is None else self.objective.requires
@@ -269,7 +277,7 @@ class _Context:
         ):
             values = [value[0] for value in values]  # a buffer stores one number per row as a list
         if not any(isinstance(value, Sequence) for value in values):
-            return on_device(torch.tensor(values), device)
+            return on_device(torch.as_tensor(np.asarray(values)), device)  # in float64, as rewards are
         table = torch.zeros(self.mask.shape)
         for place, (value, row) in enumerate(zip(values, self.rows, strict=True)):
             if not isinstance(value, Sequence) or len(value) != len(row.completion_ids):
@@ -319,8 +327,8 @@ def fixed_mask(rows: Sequence[Trajectory], masks_truncated: bool = False) -> Boo
     """True at learned tokens [B, T]; with ``masks_truncated``, False throughout truncated rows."""
     lengths = list(map(learned_tokens, rows))
     mask = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
-    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        mask[place, : 0 if masks_truncated and row.truncated else length] = True
+    for place, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
+        mask[place, : 0 if masks_truncated and row.truncated else tokens] = True
     return mask
 
 
@@ -334,6 +342,19 @@ def _groups(rows: Sequence[Trajectory], units: Units, kind: Unit) -> list[int]:
                 keys[row] = number
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for key in keys]
+
+
+def _check_positions(model: Policy, rows: Sequence[Trajectory]) -> None:
+    """Raise UserError naming a row that has more tokens than a model has positions.
+
+    Rows of a buffer have been checked for the policy; those with another prompt, and other models, have not.
+    """
+    limit, longest = model.positions, max(rows, key=length, default=None)
+    if limit is not None and longest is not None and length(longest) > limit:
+        raise UserError(
+            f"an input of the objective scores {length(longest)} tokens for a row of prompt {longest.prompt_id!r}, and "
+            f"its model has {limit} positions: drop the row, or cut it"
+        )
 
 
 def _padded(values: Sequence[Float[Tensor, " n"]]) -> Float[Tensor, "R T"]:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from rlzoo.config import Packing, Training, read_yaml
 from rlzoo.errors import UnreachableError, UserError
 from rlzoo.jobs.ranks import agreed, by_main, rank
+from rlzoo.jobs.sources import path_of
 from rlzoo.policy import sharding
 from rlzoo.policy.adapters import adapters, merged, save_adapter
 from rlzoo.policy.defaults import device_of, dtype_of, make_deterministic
@@ -152,7 +153,7 @@ def _on_meta(name: str, where: str, dtype: torch.dtype, tied: bool | None = None
 def _place(name: str) -> str:
     """The folder or Hub id of a model. Raises UserError for a folder without a model."""
     where = str(EMBEDDED_BASE) if name == EMBEDDED else name
-    folder = Path(where).expanduser()
+    folder = path_of(where)
     if folder.is_dir() or name.startswith((".", "/", "~")):
         if not (folder / "config.json").is_file():
             what = "has no config.json" if folder.is_dir() else "does not exist"

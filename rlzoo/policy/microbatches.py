@@ -100,7 +100,7 @@ class MicroBatches:
         progress: Callable[[int], None] | None = None,
         undo: Callable[[], None] | None = None,
     ) -> dict[str, Float[Tensor, "R T"]]:
-        """``logp`` of all rows in nats, module outputs, ``statistics`` and ``nucleus``, by key: each [R, T].
+        """``logp`` of all rows in nats, ``statistics`` and ``nucleus``, by key: each [R, T]; and module outputs.
 
         T counts learned tokens. In evaluation mode and without a graph; 0 at padding. Processes share the work, and all
         get the full result. ``forward`` replaces the plain forward pass, and ``undo`` discards what it left behind if
@@ -116,7 +116,7 @@ class MicroBatches:
             for index, counts in self.share(rows, [(i,) for i in range(len(rows))], policy.packs):
                 sequences = policy.collate([rows[i] for i in index])
                 for key, value in (forward or plain)(sequences, index).values().items():
-                    whole = found.setdefault(key, value.new_zeros(len(rows), width))
+                    whole = found.setdefault(key, value.new_zeros(len(rows), width, *value.shape[2:]))
                     if counts:
                         whole[on_device(torch.tensor(index), whole.device), : value.shape[1]] = value
                 if progress is not None and counts:

@@ -43,18 +43,18 @@ class ForwardPass:
     """The output of a forward pass per completion token; 0 at padding."""
 
     logp: Float[Tensor, "B T"]
-    inputs: dict[str, Float[Tensor, "B T"]]
+    inputs: dict[str, Float[Tensor, "B T ..."]]
     """FORWARD inputs by key: statistics, without a graph, and outputs of modules, with their graphs. With ``top_p``
     below 1, also the log-probability of the ``nucleus``."""
     term: Float[Tensor, "B T"] | None = None
     """The logit term of an objective, if it has one."""
 
-    def of(self, requires: Iterable[Input]) -> dict[str, Float[Tensor, "B T"]]:
+    def of(self, requires: Iterable[Input]) -> dict[str, Float[Tensor, "B T ..."]]:
         """The FORWARD inputs by key that ``requires`` lists."""
         keys = [one.key for one in requires if one.stage is Stage.FORWARD]
         return {key: self.inputs[key] for key in keys if key in self.inputs}
 
-    def values(self) -> dict[str, Float[Tensor, "B T"]]:
+    def values(self) -> dict[str, Float[Tensor, "B T ..."]]:
         """``logp`` and all FORWARD inputs, by key."""
         return {"logp": self.logp, **self.inputs}
 
@@ -327,7 +327,7 @@ class Policy(nn.Module):
         logp, extra = spread.pop("logp"), spread.pop("term", None)
         return ForwardPass(logp, spread, extra)
 
-    def of_hidden(self, key: str, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
+    def of_hidden(self, key: str, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N ..."]:
         """The output of the input ``key``'s module for these hidden states, in the module's dtype without autocast."""
         module, one = self.modules_of_inputs[key], self.attached[key]
         dtype = next((p.dtype for p in module.parameters()), hidden.dtype)

@@ -179,11 +179,12 @@ class Sequences:
         """A trunk's hidden states at the positions that predict learned tokens."""
         return states.flatten(0, 1).index_select(0, self.before)
 
-    def flat(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " N"]:
+    def flat(self, values: Float[Tensor, "B T ..."]) -> Float[Tensor, "N ..."]:
         """The values at learned tokens, concatenated; the inverse of `spread`."""
-        return values.flatten().index_select(0, self.places)
+        return values.flatten(0, 1).index_select(0, self.places)
 
-    def spread(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
+    def spread(self, flat: Float[Tensor, "N ..."]) -> Float[Tensor, "B T ..."]:
         """Concatenated values of learned tokens as rows; 0 at padding."""
-        whole = flat.new_zeros(self.mask.numel()).index_copy(0, self.places, flat)
-        return whole.view(self.mask.shape)
+        axes = flat.shape[1:]
+        whole = flat.new_zeros(self.mask.numel(), *axes).index_copy(0, self.places, flat)
+        return whole.view(*self.mask.shape, *axes)

@@ -252,7 +252,7 @@ def _created(label: str, place: str, options: str) -> Any:
             raise UserError(f"{label}: {text!r} is not an argument: write NAME=VALUE")
         given[name] = yaml.safe_load(value)
     try:
-        found = load_tasks([place], given)
+        found = load_tasks([str(Path(place).expanduser())], given)
     except ConnectionError as error:
         raise UnreachableError(f"{label}: its data cannot be reached: {one_line(error)}") from None
     except RAISED as error:

@@ -72,6 +72,10 @@ class Sampler:
     """The sampler to use instead if the settings have a ``url``; it is built as ``Class(policy, url=...)``."""
     _listener: Finished | None = None
 
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise UserError if a package that it needs is missing; called before a model is loaded."""
+
     def portion(self, settings: Sampling) -> int:
         """The number of prompts per call of `sample` if samples are cached between calls; by default one batch."""
         return max(1, settings.batch_size // settings.samples) * world_size()
@@ -379,9 +383,8 @@ def by_length(prompts: Sequence[Sequence[int]], places: Iterable[int]) -> list[i
 
 def uniform_numbers(seed: int, prompts: Sequence[int], copies: range, tokens: int) -> Float[np.ndarray, "B T"]:
     """Uniform numbers on [0, 1), one random stream per prompt and copy; B = prompts × copies, T = ``tokens``."""
-    return np.stack(
-        [np.random.default_rng([seed, prompt, copy]).random(tokens) for prompt in prompts for copy in copies]
-    )
+    streams = (np.random.default_rng([seed, prompt, copy]) for prompt in prompts for copy in copies)
+    return np.stack([stream.random(tokens) for stream in streams])
 
 
 @contextmanager

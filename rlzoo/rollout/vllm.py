@@ -230,15 +230,19 @@ def _saved(policy: Policy) -> Iterator[str]:
 class VLLMSampler(_VLLM):
     """Samples with a vLLM engine in this process (colocated).
 
-    ``options`` are passed to ``vllm.LLM``. Log-probs are those of the distribution that is sampled from, with
-    temperature and top-p applied. Raises UserError if vLLM is not installed, or cannot start with these options.
+    ``options`` are passed to ``vllm.LLM``. Log-probs are those of the distribution that is sampled from. Raises
+    UserError if vLLM is not installed, or cannot start with these options.
     """
 
     of_server: ClassVar[type[Sampler] | None] = VLLMServerSampler
 
-    def __init__(self, policy: Policy, **options: Any) -> None:
+    @classmethod
+    def check_installed(cls) -> None:
         if find_spec("vllm") is None:
             raise UserError("engine vllm is not installed: pip install 'rlzoo[vllm]', or give the url of a server")
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
+        self.check_installed()
         self.policy, self.together = policy, _parallel(policy, options)
         key = json.dumps([_shape(policy), _dtype(policy), sorted(policy.eos_ids), options], sort_keys=True, default=str)
         if key not in _engines:
@@ -257,10 +261,9 @@ class VLLMSampler(_VLLM):
     def rest(self) -> None:
         """Free the engine's memory. The next call sends the weights again, unless they are on several GPUs."""
         if self._engine.sleeps and not self._engine.asleep:
-            keeps = self._is_elsewhere
-            self.engine.sleep(level=1 if keeps else 2)
+            self.engine.sleep(level=1 if self._is_elsewhere else 2)
             self._engine.asleep = {"weights", "kv_cache"}
-            if not keeps:
+            if not self._is_elsewhere:
                 self._engine.handed.forget()
 
     @property
@@ -363,9 +366,8 @@ def _start(policy: Policy, options: Mapping[str, Any], sleeps: bool) -> Any:
         **({"distributed_executor_backend": "external_launcher"} if world_size() > 1 else {}),  # the run's processes
         **options,
     }
-    if policy.device.type == "cpu":
-        settings.setdefault("enforce_eager", True)  # compilation does not pay off on a CPU
-        settings.setdefault("enable_chunked_prefill", False)  # on a CPU, chunked prompts cannot be seeded
+    if policy.device.type == "cpu":  # where compilation does not pay off, and chunked prompts cannot be seeded
+        settings = {"enforce_eager": True, "enable_chunked_prefill": False, **settings}
     try:
         return LLM(str(EMBEDDED_BASE) if policy.name == EMBEDDED else policy.name, **settings)
     except (AssertionError, ValueError) as error:  # options that do not fit the model or the machine

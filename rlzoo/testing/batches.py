@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlzoo.inputs import Input, Snapshot, Stage
 from rlzoo.objective import Objective, is_composite
-from rlzoo.types import TokenBatch
+from rlzoo.types import TokenBatch, over
 
 GROUPS = (4, 4, 3, 2, 1)
 FLAT_GROUP = slice(4, 8)
@@ -33,7 +33,9 @@ def random_batch(objective: Objective, seed: int = 0, padding: Sequence[float] =
     rubbish = torch.tensor(padding, dtype=torch.float64).repeat(ROWS * LENGTH)[: ROWS * LENGTH].view(ROWS, LENGTH)
 
     def padded(values: Tensor) -> Tensor:
-        return torch.where(mask, values, rubbish) if values.ndim == 2 and values.is_floating_point() else values
+        if values.ndim < 2 or not values.is_floating_point():
+            return values
+        return torch.where(over(mask, values), values, over(rubbish, values))
 
     logp = -torch.randn(ROWS, LENGTH, dtype=torch.float64, generator=draw).abs() - 0.01
     reward = torch.rand(ROWS, dtype=torch.float64, generator=draw).round(decimals=1)
@@ -112,10 +114,10 @@ def wider(batch: TokenBatch, extra: int) -> TokenBatch:
     """The same batch with ``extra`` more masked positions, full of NaN, at its end."""
 
     def widened(value: Tensor) -> Tensor:
-        if value.ndim != 2:
+        if value.ndim < 2:
             return value
         filler = math.nan if value.is_floating_point() else 0
-        return torch.cat([value, value.new_full((len(value), extra), filler)], dim=1)
+        return torch.cat([value, value.new_full((len(value), extra, *value.shape[2:]), filler)], dim=1)
 
     return _mapped(batch, widened)
 
@@ -128,10 +130,11 @@ def with_gaps(batch: TokenBatch, extra: int, seed: int) -> TokenBatch:
     places = order[:, :length].sort(1).values
 
     def spread(value: Tensor) -> Tensor:
-        if value.ndim != 2:
+        if value.ndim < 2:
             return value
         filler = math.nan if value.is_floating_point() else 0
-        return value.new_full((rows, length + extra), filler).scatter(1, places, value)
+        whole = value.new_full((rows, length + extra, *value.shape[2:]), filler)
+        return whole.index_put((torch.arange(rows)[:, None], places), value)
 
     return _mapped(batch, spread)
 

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlzoo.objective import Objective, reduce, surrogate
+from rlzoo.objective import Objective, surrogate
 from rlzoo.testing.batches import LENGTH, ROWS, gap, permutation, random_batch
 from rlzoo.types import TokenBatch
 
-LossInLogits = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""A whole loss as its paper writes it: a scalar of mask, logits, reference logits and target."""
+LossInLogits = Callable[[TokenBatch, Tensor, Tensor, Tensor], Tensor]
+"""A whole loss as its paper writes it: a scalar of a batch without log-probs, logits, reference logits and target."""
 VOCABULARY = 9
 
 
@@ -61,7 +61,7 @@ def is_random(objective: Objective) -> bool:
 def _surrogate(
     objective: Objective, logits: Logits, mask: Tensor | None = None, denominator: float | None = None
 ) -> Tensor:
-    """The surrogate and the reduced term at the positions under ``mask``, as the trainer adds them up."""
+    """The surrogate with the term at the positions under ``mask``, as in the trainer."""
     mask = logits.batch.mask if mask is None else mask
     flat, target = logits.policy[mask], logits.target[mask]
     term = objective.logit_term(flat, logits.reference[mask], target)
@@ -78,7 +78,7 @@ def _surrogate(
         raise AssertionError(f"objective {objective.name!r} has a logit_term in {term.dtype} of logits in {flat.dtype}")
     batch = logits.batch.replace(logp=logp, mask=mask)
     z = objective.normaliser.denominator(batch) if denominator is None else denominator
-    return surrogate(objective, batch, z) + reduce(per_token, batch, objective.normaliser, z)
+    return surrogate(objective, batch, z, term=per_token)
 
 
 def _gradient(loss: Tensor, logits: Logits) -> Float[Tensor, "N V"]:
@@ -95,13 +95,13 @@ def _check_gradient(objective: Objective, loss: LossInLogits | None, logits: Log
     if loss is None:
         return
     torch.manual_seed(0)
-    wanted = loss(logits.batch.mask, logits.policy, logits.reference, logits.target)
+    wanted = loss(logits.batch.replace(logp=None), logits.policy, logits.reference, logits.target)
     given = f"the loss in logits given for {objective.name!r}"
     if wanted.ndim or not wanted.requires_grad:
         raise AssertionError(f"{given} must be a scalar, computed from the logits and their graph")
     theirs = _gradient(wanted, logits)
     if not bool(torch.isfinite(torch.cat((theirs.flatten(), wanted.detach()[None]))).all()):
-        raise AssertionError(f"{given} depends on masked positions: take logits[mask]")
+        raise AssertionError(f"{given} depends on masked positions: take logits[batch.mask]")
     if not theirs.any():
         raise AssertionError(f"{given} has no gradient on random logits, so it checks nothing")
     if not (off := gap(ours, theirs)) <= 1e-10:

@@ -17,7 +17,7 @@ from rlzoo.testing.batches import (
     cast,
     gap,
     gradients,
-    keys_with_graph,
+    leaves,
     permutation,
     prepared,
     random_batch,
@@ -26,6 +26,7 @@ from rlzoo.testing.batches import (
 )
 from rlzoo.testing.engine import check_analysis, check_training
 from rlzoo.testing.logits import LossInLogits, check_logits, is_random
+from rlzoo.training.sums import reported_loss
 from rlzoo.types import Coefficients, Coupling, TokenBatch
 
 Loss = Callable[[TokenBatch], Tensor]
@@ -49,7 +50,8 @@ def check_objective(
     ``loss`` gets a batch [B, T] with everything that ``requires`` lists, log-probs in nats and float64, and garbage at
     masked positions. Its gradient with respect to log-probs and outputs of modules must be that of the objective, and
     its value the loss that the objective reports; without it neither is checked. The loss of an objective with a
-    `logit_term` is ``loss_in_logits(mask [B, T], logits [B, T, V], reference logits [B, T, V], target [B, T])``.
+    `logit_term` is ``loss_in_logits(batch, logits [B, T, V], reference logits [B, T, V], target [B, T])``, with a batch
+    without log-probs.
 
     Also checked: masked positions, also between tokens, detached coefficients, the order of rows, padding,
     micro-batches, batches with all tokens masked, float32 and bfloat16; and, unless ``through_trainer`` is False,
@@ -132,8 +134,9 @@ def _masked(objective: Objective, _: Loss | None) -> None:
         reported = _reported_loss(objective, clean), _reported_loss(objective, batch)
         same = same and (reported[0] is None or torch.equal(*reported))  # type: ignore[arg-type]
         _demand(objective, same, f"depends on masked positions, which may hold anything: {_WHERE}")
-    for leaf in torch.split(gradient, ROWS * LENGTH):
-        outside = leaf.view(ROWS, LENGTH)[~clean.mask]
+    of_leaves = leaves(clean)
+    for own, leaf in zip(torch.split(gradient, [leaf.numel() for leaf in of_leaves]), of_leaves, strict=True):
+        outside = own.view(leaf.shape)[~clean.mask]
         _demand(objective, not outside.any(), f"has a gradient at masked positions: {_WHERE}")
 
 
@@ -177,7 +180,7 @@ def _told(ours: Tensor, theirs: Tensor) -> str:
 
 
 def _reported_loss(objective: Objective, batch: TokenBatch) -> Tensor | None:
-    """The loss that training reports, where that is not -c log p; without auxiliary losses, reported apart."""
+    """The main loss that training reports, without auxiliary losses; None where it is -c log p."""
     if is_composite(type(objective)):
         return None
     ready = prepared(objective, batch)
@@ -188,15 +191,15 @@ def _reported_loss(objective: Objective, batch: TokenBatch) -> Tensor | None:
 
 
 def _reported(objective: Objective, loss: Loss | None) -> None:
-    """The reported loss is the loss, without auxiliary losses."""
+    """The loss that training reports is the loss, auxiliary losses included."""
     if loss is None or is_composite(type(objective)):
         return
     for seed in SEEDS:
-        batch = random_batch(objective, seed).replace(**dict.fromkeys(keys_with_graph(objective)))
-        ours = _reported_loss(objective, batch)
-        if ours is None:
-            ours = surrogate(objective, prepared(objective, batch))
-        ours, theirs = ours.detach(), loss(batch).detach()
+        batch = random_batch(objective, seed)
+        ready = prepared(objective, batch)
+        found, z = objective.coefficients(ready.detach()), objective.normaliser.denominator(ready)
+        ours = reported_loss(objective, ready, found, surrogate_of(found, objective, ready, z), z)
+        theirs = loss(batch).detach()
         close = abs(float(ours - theirs)) <= EXACT * max(1.0, abs(float(theirs)))
         message = (
             f"reports the loss {float(ours):.6g} where it is {float(theirs):.6g}: give it as Coefficients(…, loss=)"

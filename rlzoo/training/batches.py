@@ -11,15 +11,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from rlzoo.buffers import Buffer, View
+from rlzoo.buffers.views import check_options
 from rlzoo.config import Training
-from rlzoo.errors import UserError
+from rlzoo.errors import EmptyViewError, UnscoredError, UserError
 from rlzoo.inputs import Input
 from rlzoo.jobs.cached_results import random_state
 from rlzoo.jobs.memory import on_device
 from rlzoo.objective import Component, Objective, view_of
 from rlzoo.policy.sequences import learned_tokens
 from rlzoo.training.state import resumable
-from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView
+from rlzoo.types import Coupling, TokenBatch, Trajectory, WhichView, selector_of
 
 Batch = tuple[list[Trajectory], list[tuple[int, ...]]]
 """Rows, and their units as indices into them."""
@@ -132,8 +133,11 @@ Views = Sequence[tuple[WhichView, Mapping[str, Any]]]
 
 
 def views_of(objective: Objective) -> Views:
-    """The views of an objective's components."""
-    return [view_of(component.objective) for component in objective.components]
+    """The views of an objective's components. Raises UserError for wrong options."""
+    views = [view_of(component.objective) for component in objective.components]
+    for which, options in views:
+        check_options(selector_of(which), options)
+    return views
 
 
 def shares(batch_size: int, components: int) -> list[int]:
@@ -175,7 +179,8 @@ class Drawn:
 class FreshSource:
     """Fresh samples of the current policy for every batch; sampled again if the view is empty.
 
-    `draw` raises UserError after `ATTEMPTS` empty batches in a row.
+    `draw` raises UserError after `ATTEMPTS` empty batches in a row, and at once for what no other batch cures: any
+    other error of the collector or the view, or a first batch in which the reward of every sample is None.
     """
 
     ATTEMPTS = 8
@@ -203,7 +208,12 @@ class FreshSource:
             buffer = self._collect(self._version)
             try:
                 view = buffer.view(self._selection, **self._options)
-            except UserError as error:
+            except EmptyViewError as error:
+                if isinstance(error, UnscoredError) and self._version == 0:
+                    raise UserError(
+                        "the reward is None for every sample of the first batch, as for gold answers that it cannot "
+                        "read: check the reward and the columns it needs; bad_rows: drop leaves out such problems"
+                    ) from None
                 if attempt == self.ATTEMPTS:
                     raise UserError(f"{attempt} fresh batches in a row have nothing to learn from: {error}") from None
                 self.left_out["fresh batches with nothing to learn from"] += 1

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -17,6 +16,7 @@ from rlzoo.document import Block, Code, Entry, Heading, Paragraph, Table
 from rlzoo.document.cards import TAG, card, data_sets_of, facts, how_it_was_made, metadata_of
 from rlzoo.document.estimates import number
 from rlzoo.jobs.sharing import FOLDER, hub_id, public
+from rlzoo.jobs.sources import path_of
 from rlzoo.objective import Objective, is_composite, summary_of
 from rlzoo.policy.loading import EMBEDDED
 from rlzoo.training.record import TrainingRecord
@@ -101,7 +101,7 @@ def _metadata(trained: Trained) -> ModelCardData:
     """The metadata: what is not known for certain, such as the license of a base without a card, is left out."""
     base = metadata_of(trained.model)
     embedded = trained.model == EMBEDDED
-    above = base.get("base_model") if Path(trained.model).expanduser().is_dir() else hub_id(trained.model)
+    above = base.get("base_model") if path_of(trained.model).is_dir() else hub_id(trained.model)
     names = [one.objective.name for one in trained.objective.components]
     return ModelCardData(
         base_model=None if embedded else above,

@@ -110,8 +110,8 @@ def coefficients_of_rows(coefficients: Coefficients, index: Tensor, part: TokenB
     def cut(x: Tensor) -> Tensor:
         return x[index] if x.ndim == 1 else x[index, : part.logp.shape[1]]
 
-    loss = None if coefficients.loss is None else cut(coefficients.loss)
-    return Coefficients(cut(coefficients.values), loss, {k: cut(v) for k, v in coefficients.metrics.items()})
+    loss, weight = (None if x is None else cut(x) for x in (coefficients.loss, coefficients.logit_weight))
+    return Coefficients(cut(coefficients.values), loss, {k: cut(v) for k, v in coefficients.metrics.items()}, weight)
 
 
 def coupled_coefficients(drawn: Drawn) -> Coefficients | None:

@@ -36,15 +36,19 @@ def untracked(metrics: Mapping[str, float], step: int) -> None:
     """Sends metrics nowhere."""
 
 
-def accelerator_for(device: torch.device, settings: Training, folder: Path | None) -> Accelerator:
-    """The Accelerator of the settings' trackers, for a policy on a device.
-
-    Raises UserError for a tracker whose package is missing, which Accelerate would ignore, and for one that writes
-    files without a ``folder``.
-    """
+def check_trackers(settings: Training) -> None:
+    """Raise UserError for a tracker whose package is missing, which Accelerate would ignore."""
     for name in settings.trackers:
         if not any(find_spec(package) for package in PACKAGES[name]):
             raise UserError(f"training.trackers: {name} is not installed: pip install {PACKAGES[name][0]}")
+
+
+def accelerator_for(device: torch.device, settings: Training, folder: Path | None) -> Accelerator:
+    """The Accelerator of the settings' trackers, for a policy on a device.
+
+    Raises UserError for a tracker whose package is missing, and for one that writes files without a ``folder``.
+    """
+    check_trackers(settings)
     if folder is None and "tensorboard" in settings.trackers:
         raise UserError("training.trackers: tensorboard writes files: give the training a folder, or leave it out")
     return Accelerator(

@@ -20,7 +20,7 @@ from rlzoo.jobs.interrupts import pending, raise_signal, signals_deferred
 from rlzoo.jobs.memory import on_device
 from rlzoo.jobs.ranks import agreed, gathered, is_sharded, world_size
 from rlzoo.jobs.restarts import can_restart
-from rlzoo.objective import Component, Objective, reduce, surrogate_of
+from rlzoo.objective import Component, Objective, surrogate_of
 from rlzoo.policy import Assembler, FirstPass, MicroBatches, Models, Policy, sharding
 from rlzoo.policy.adapters import adapters
 from rlzoo.policy.defaults import token_budget_of
@@ -119,7 +119,9 @@ class Trainer:
         self._first = FirstPass(self._savings)
         first = self._first if not is_sharded(policy) and keeps_first_pass(objective, settings) else None
         count = partial(self._count, passes=1)  # also of a pass that is kept: costs do not depend on micro-batches
-        self.assembler = Assembler(policy, self.models, self.micro, count, first=first)
+        self.assembler = Assembler(
+            policy, self.models, self.micro, count, first=first, progress=lambda: self.progress.fraction
+        )
         if checkpoints is not None and settings.checkpoint_seconds is not None:
             self.checkpoints = Checkpoints(checkpoints, settings.checkpoint_seconds)
             if (found := self.checkpoints.newest(like_of(self))) is not None:
@@ -366,15 +368,13 @@ class Trainer:
             else coefficients_of_rows(coefficients, place, part)
         )
         if (cap := self.settings.importance_cap) is not None:
-            own = replace(own, values=own.values * truncated_importance([rows[i] for i in index], part.mask, cap))
-        loss = surrogate_of(own, objective, part, denominator)
-        if output.term is not None:
-            loss = loss + reduce(output.term, part, objective.normaliser, denominator)
+            own = own.weighted(truncated_importance([rows[i] for i in index], part.mask, cap))
+        loss = surrogate_of(own, objective, part, denominator, output.term)
         for value in others:  # other components' modules: every process must have all gradients
             loss = loss + 0.0 * value.sum()
         torch.autograd.backward(drawn.component.weight * loss)
         if output.term is not None:
-            own = replace(own, metrics={**own.metrics, "logit_term": output.term})
+            own = replace(own, metrics={**own.metrics, "logit_term": own.of_term(output.term, part.mask)})
         sums.add(objective, part, own, loss, denominator)
 
     def _logits_of(self, objective: Objective) -> Policy | None:

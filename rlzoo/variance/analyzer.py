@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlzoo.buffers import Buffer
-from rlzoo.config import TokenBudget
+from rlzoo.config import LEAST_DRAWS, TokenBudget
 from rlzoo.errors import UserError
 from rlzoo.jobs.memory import release_memory
 from rlzoo.jobs.ranks import is_sharded
@@ -60,6 +60,7 @@ def analyze_variance(
     token_budget: TokenBudget = 2048,
     means_held: int | None = None,
     progress: Callable[[float, str], None] | None = None,
+    trained: float = 0.0,
 ) -> dict[str, Any]:
     """Measure the variance of the objectives' gradients at a policy; returns the content of variance.json.
 
@@ -71,8 +72,8 @@ def analyze_variance(
     from a token's text to its class, or its name; with ``class_gradients``, what each class contributes to the variance
     is measured, which takes a backward pass per objective and class. Log-probs of the initial policy are taken from the
     buffer, else from ``reference``, else from the policy itself, as at the start of a run; ``models`` are those of a
-    run in progress. Modules of inputs that the policy lacks, such as a critic, are initialised as at the start of a
-    run.
+    run in progress, of which the fraction ``trained`` is done. Modules of inputs that the policy lacks, such as a
+    critic, are initialised as at the start of a run.
 
     Memory: the policy, the activations of ``token_budget`` padded tokens, and one mean gradient per objective, at most
     ``means_held`` at a time (None: all up to 2 GB, else 3). More objectives take further passes over the data, and
@@ -96,7 +97,8 @@ def analyze_variance(
     picked, subjects, skipped = subjects_of(named, buffer, rows, seed, learns_from)
     requires = list(dict.fromkeys(one for s in subjects.values() for one in s.objective.requires))
     models = models or Models.load(policy, requires, reference or policy, moving=False)
-    assembler = Assembler(policy, models, MicroBatches(token_budget_of(policy, token_budget)), remember=True)
+    micro = MicroBatches(token_budget_of(policy, token_budget))
+    assembler = Assembler(policy, models, micro, remember=True, progress=lambda: trained)
     with policy.attached_for([one for one in requires if one.initial is None]):
         tell(0.0, "scoring")
         experts = {name: set(s.rows) for name, s in subjects.items() if s.weights_expert_tokens and name in named}
@@ -120,7 +122,7 @@ def analyze_variance(
         found["token_probabilities"] = _probabilities(scored, experts)
         if meter is not None:
             split = classes if class_gradients else None
-            _measure_gradients(found, meter, subjects, weighted, scored, means_held, assembler.micro, split, tell)
+            _measure_gradients(found, meter, subjects, weighted, scored, means_held, micro, split, tell)
     return found
 
 
@@ -149,8 +151,8 @@ def _described(
 def _check(rows: int, draws: int, seed: int, means_held: int | None) -> None:
     if means_held is not None and means_held < 2:
         raise UserError(f"means_held = {means_held}: at least 2 are needed, an objective's and the baseline's")
-    if rows < 1 or 0 < draws < 2 * BLOCKS or draws < 0:
-        raise UserError(f"rows must be at least 1 and draws 0 or at least {2 * BLOCKS}, got {rows} and {draws}")
+    if rows < 1 or 0 < draws < LEAST_DRAWS or draws < 0:
+        raise UserError(f"rows must be at least 1 and draws 0 or at least {LEAST_DRAWS}, got {rows} and {draws}")
     if seed < 0:
         raise UserError(f"seed = {seed}: give 0 or more")
 

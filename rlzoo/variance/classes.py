@@ -27,7 +27,7 @@ from rlzoo.policy import MicroBatches
 from rlzoo.policy.chat import turn_of
 from rlzoo.policy.sequences import learned
 from rlzoo.registry import Registry, one_line
-from rlzoo.types import Trajectory
+from rlzoo.types import Trajectory, over
 from rlzoo.variance.gradients import GradientMeter
 from rlzoo.variance.intervals import Estimate, estimated, nothing, student
 from rlzoo.variance.noise import FEWEST, HIDDEN, TOO_FEW, Units, data_noise, is_hidden
@@ -79,6 +79,14 @@ def default_classes(text: str) -> str:
     return "digits" if any(sign.isdigit() for sign in said) else "format"
 
 
+def classifier(classes: str | Classify) -> Classify:
+    """The function of a registered name, ``module:name`` or ``file.py:name``; a function is returned as it is.
+
+    Raises UserError for an unknown name.
+    """
+    return _classifiers.get(classes) if isinstance(classes, str) else classes
+
+
 @dataclass(frozen=True)
 class TokenClasses:
     """The classes of the learned tokens of some rows."""
@@ -89,11 +97,11 @@ class TokenClasses:
 
     @classmethod
     def of(cls, tokenizer: Any, rows: Sequence[Trajectory], classes: str | Classify) -> TokenClasses:
-        """The classes by a registered name, ``module:name`` or ``file.py:name``, or by a function.
+        """The classes by a function, or by the name of one (see `classifier`).
 
         Raises UserError for an unknown name, and for a function that fails or gives anything but text.
         """
-        classify = _classifiers.get(classes) if isinstance(classes, str) else classes
+        classify = classifier(classes)
         ends = {tokenizer.eos_token_id, turn_of(tokenizer).stop}
         class_of: dict[int, int] = {}
         names: dict[str, int] = {}
@@ -206,7 +214,7 @@ def _part(task: Task, mask: torch.Tensor) -> Task:
     return replace(
         task,
         weight=task.weight * mask,
-        input_weights={key: own * mask for key, own in task.input_weights.items()},
+        input_weights={key: own * over(mask, own) for key, own in task.input_weights.items()},
         term_weight=None if task.term_weight is None else task.term_weight * mask,
     )
 

@@ -8,6 +8,7 @@ is estimated (`student`, `freedom`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +22,9 @@ NORMAL = float(stats.norm.ppf(0.975))
 
 
 def estimated(value: float | None, low: float | None, high: float | None) -> Estimate:
-    """A value with its interval."""
+    """A value with its interval; an end that is infinite is None."""
     ends = zip(("value", "ci_low", "ci_high"), (value, low, high), strict=True)
-    return {key: None if v is None else float(v) for key, v in ends}
+    return {key: None if v is None or math.isinf(v) else float(v) for key, v in ends}
 
 
 def exactly(value: float) -> Estimate:
@@ -89,12 +90,14 @@ def inverse_hall(y: float, skew: float) -> float:
 
 
 def end_of(accepts: Callable[[float], bool], start: float, step: float) -> float:
-    """Where a set that contains ``start`` ends, in the direction of ``step``."""
+    """Where a set that contains ``start`` ends, in the direction of ``step``; infinite if it does not end there."""
     inside, outside = start, start + step
     for _ in range(60):
         if step == 0 or not accepts(outside):
             break
         inside, outside = outside, start + 2 * (outside - start)
+    else:
+        return math.copysign(math.inf, step)
     for _ in range(30):
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if accepts(middle) else (inside, middle)

@@ -250,14 +250,14 @@ def _snr(side: Side, trace: Trace) -> Estimate:
 
 
 def _inverse(snr: Estimate) -> Estimate:
-    """The noise scale with the inverse of the signal's interval: without an upper end where that reaches 0."""
+    """The noise scale with the inverse of the signal's interval: its lower bound alone where that reaches 0, and not
+    even this if the signal's has no upper end."""
     if snr["value"] is None:
         return dict(snr)
     low, high = snr["ci_low"], snr["ci_high"]
-    found = estimated(
-        1 / snr["value"] if low > 0 else None, 1 / high if high > 0 else None, 1 / low if low > 0 else None
-    )
-    return found if low > 0 else {**found, "reason": HIDDEN}
+    if low is None or low <= 0:
+        return {**estimated(None, 1 / high if high is not None and high > 0 else None, None), "reason": HIDDEN}
+    return estimated(1 / snr["value"], 0.0 if high is None else 1 / high, 1 / low)
 
 
 def _ratio(norms: tuple[float, float], covariance: Joint, scales: tuple[float, float], t: float) -> Estimate:

@@ -117,14 +117,13 @@ def directions(found: Found) -> Drawing | None:
                 estimate = found["objectives"][name]["data_noise"][key]
                 if estimate["value"] is None:
                     continue
-                low = estimate["value"] if estimate["ci_low"] is None else estimate["ci_low"]
-                high = estimate["ci_high"]
-                axes.plot(
-                    [low, estimate["value"] if high is None else high], [place, place], color=looks[name]["color"]
-                )
-                axes.plot(estimate["value"], place, color=looks[name]["color"], marker=looks[name]["marker"])
-                if high is None:
-                    axes.annotate("→", (estimate["value"], place), (5, -4), textcoords="offset points")
+                value, low, high = estimate["value"], estimate["ci_low"], estimate["ci_high"]
+                has_low = low is not None and (low > 0 or key == "cosine_to_sft")  # the others are on a log scale
+                ends = [low if has_low else value, value if high is None else high]
+                axes.plot(ends, [place, place], color=looks[name]["color"])
+                axes.plot(value, place, color=looks[name]["color"], marker=looks[name]["marker"])
+                for arrow, offset in [("←", -15)] * (not has_low) + [("→", 5)] * (high is None):
+                    axes.annotate(arrow, (value, place), (offset, -4), textcoords="offset points")
             axes.set(title=title)
             axes.set_yticks(range(len(names)), [short(name) for name in names])
             axes.set_ylim(len(names) - 0.5, -0.5)

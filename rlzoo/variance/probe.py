@@ -44,7 +44,7 @@ class VarianceProbe:
         if step % self.every:
             return
         self.check(trainer.objective, models=trainer.models)
-        self.measure(trainer.policy, trainer.objective, step, trainer.models)
+        self.measure(trainer.policy, trainer.objective, step, trainer.models, trainer.progress.fraction)
 
     def check(self, *objectives: Objective, models: Models | None = None) -> None:
         """Raise UserError if the buffer lacks log-probs of a frozen model that is not among ``models``."""
@@ -53,18 +53,20 @@ class VarianceProbe:
             if not known >= set(one.models()):
                 raise UserError(f"the probe's buffer has no {one.label} log-probs: add them with training.with_inputs")
 
-    def measure(self, policy: Policy, objective: Objective, step: int, models: Models | None = None) -> None:
+    def measure(
+        self, policy: Policy, objective: Objective, step: int, models: Models | None = None, trained: float = 0.0
+    ) -> None:
         """Measure the policy in its current state, and add a record. Raises UserError as `analyze_variance` does."""
-        (record,) = self.measured(policy, {objective.name: objective}, models).values()
+        (record,) = self.measured(policy, {objective.name: objective}, models, trained).values()
         self.records.append({"step": step, **record})
 
     def measured(
-        self, policy: Policy, objectives: Mapping[str, Objective], models: Models | None = None
+        self, policy: Policy, objectives: Mapping[str, Objective], models: Models | None = None, trained: float = 0.0
     ) -> dict[str, dict[str, Any]]:
         """A record of each objective that can be measured, without the step, by its name."""
         found = analyze_variance(
             policy, objectives, self.buffer, rows=self.rows, draws=0, seed=self.seed,
-            models=models, token_budget=self.token_budget, learns_from=self.learns_from,
+            models=models, token_budget=self.token_budget, learns_from=self.learns_from, trained=trained,
         )  # fmt: skip
         records = {}
         for name, entry in found["objectives"].items():

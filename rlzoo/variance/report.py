@@ -58,6 +58,15 @@ def hidden(found: Found) -> list[str]:
     ]
 
 
+def without_noise_scale(found: Found) -> dict[str, list[str]]:
+    """The objectives that were measured without a value for their noise scale, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, entry in found["objectives"].items():
+        if reason := entry.get("data_noise", {}).get("noise_scale", {}).get("reason"):
+            by_reason.setdefault(reason, []).append(name)
+    return by_reason
+
+
 def _slope(entry: Found) -> str:
     moments = entry["token_moments"]
     interval = moments.get("slope_ci") or (None, None)
@@ -250,8 +259,12 @@ def _over_data(found: Found) -> Iterator[Block]:
     if names := hidden(found):
         yield Paragraph(
             f"Noise hides the gradient of {', '.join(names)}: a test at 5 % does not distinguish it from 0, so neither "
-            "direction nor length is reported, and the table gives a lower bound on the noise scale. Use more rows."
+            "direction nor length is reported, and the table gives a lower bound on the noise scale, if there is one. "
+            "Use more rows."
         )
+    for reason, others in without_noise_scale(found).items():
+        if others != names:
+            yield Paragraph(f"There is no noise scale for {', '.join(others)}: {reason}.")
     yield from _cosines(found)
     yield from _figure(
         found, "directions", plots.directions, "Cosine, norm ratio and noise scale of each objective.",

@@ -7,20 +7,18 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import pydantic
 import torch
-from pydantic import Field
 from rich.console import Console
 
-from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer
+from rlzoo.buffers import Buffer, OfflineBuffer, read_buffer, require_table
 from rlzoo.buffers.bad_rows import BadRows, dropped_line
 from rlzoo.buffers.card import buffer_card
 from rlzoo.comparison import resolve, shared_buffer
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.warm_up import after_warm_up, alone, facts_of, warm_up
-from rlzoo.config import WARM_UP, Benchmark, Experiment, Positive, Strict
+from rlzoo.config import WARM_UP, Benchmark, Experiment, VarianceSettings
 from rlzoo.errors import UserError
 from rlzoo.jobs.cached_results import CachedResults
 from rlzoo.jobs.heartbeat import Heartbeat, say
@@ -44,35 +42,9 @@ from rlzoo.training import (
 from rlzoo.training.batches import buffer_sources, in_steps
 from rlzoo.variance.analyzer import analyze_variance
 from rlzoo.variance.card import analysis_card
+from rlzoo.variance.classes import classifier
 from rlzoo.variance.probe import VarianceProbe
 from rlzoo.variance.report import write_report
-from rlzoo.variance.scoring import BLOCKS
-
-
-class VarianceSettings(Strict):
-    """How much ``rlzoo variance`` measures."""
-
-    rows: Positive = 1000
-    """The number of rows that each objective is measured on; prompts are never split."""
-    draws: Annotated[int, Field(ge=0)] = 4096
-    """Monte-Carlo samples per token, at least 256; 0: none."""
-    every: Annotated[int, Field(ge=0)] = 10
-    """Training steps between measurements; 0: no training."""
-    probe_rows: Positive = 64
-    """The number of rows measured in the course of training."""
-    token_classes: Annotated[str, Field(min_length=1)] = "default"
-    """A function from a token's text to its class: a registered name, ``module:name`` or ``file.py:name``."""
-    class_gradients: bool = False
-    """Measure what each class of tokens contributes to the variance: a backward pass per objective and class."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """The seed for the choice of rows, the Monte-Carlo samples and training."""
-
-    @pydantic.field_validator("draws")
-    @classmethod
-    def _enough(cls, draws: int) -> int:
-        if 0 < draws < 2 * BLOCKS:
-            raise ValueError(f"give 0 or at least {2 * BLOCKS}")
-        return draws
 
 
 def run_variance(
@@ -99,6 +71,9 @@ def run_variance(
     settings, console = settings or VarianceSettings(), console or Console(stderr=True)
     whole, experiment = experiment, _cut(experiment, settings.rows)
     check(experiment)
+    classifier(settings.token_classes)
+    if buffer is not None:
+        require_table(buffer)
     out = out or where(whole, settings, buffer, threads)
     asked = _asked(whole, settings, buffer, threads)
     with run_in(out, "variance", asked) as run:

@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlzoo.config import LEAST_DRAWS
 from rlzoo.inputs import Input
 from rlzoo.policy import Assembler, ForwardPass, Sequences
 from rlzoo.policy.sequences import learned_tokens
 from rlzoo.types import Trajectory
 from rlzoo.variance.moments import TokenTable
 
-BLOCKS = 128
-"""The number of independent Monte-Carlo estimates that the draws of a token are split into."""
+BLOCKS = LEAST_DRAWS // 2
+"""The number of independent Monte-Carlo estimates that the draws of a token are split into, of two or more each."""
 
 
 @dataclass

@@ -254,13 +254,13 @@ def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subje
         """Spread values of the objective's rows over all rows."""
         if part is None:
             return None
-        whole = part.new_zeros(len(scored.rows), max(map(learned_tokens, scored.rows)))
+        whole = part.new_zeros(len(scored.rows), max(map(learned_tokens, scored.rows)), *part.shape[2:])
         whole[torch.tensor(chosen, device=part.device), : part.shape[1]] = part
         return whole
 
     weight = spread(gradient)
     assert weight is not None
-    row_weight = spread(torch.where(batch.mask, objective.normaliser.weight(batch), 0))
+    term_weight = torch.where(batch.mask, objective.normaliser.weight(batch), 0)
     on_trunk = {
         key: spread(own)
         for (key, one), own in zip(made.items(), others, strict=True)
@@ -274,7 +274,7 @@ def _weights_of(assembler: Assembler, subject: Subject, scored: Scored) -> Subje
         {key: own for key, own in on_trunk.items() if own is not None},
         objective.logit_term if objective.has_logit_term else None,
         None if giver is None else assembler.models.of(giver.models()[0]),
-        row_weight if objective.has_logit_term else None,
+        spread(found.of_term(term_weight, batch.mask)) if objective.has_logit_term else None,
     )
     return SubjectWeights(batch, found, task)
 

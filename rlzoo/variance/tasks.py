@@ -26,7 +26,7 @@ class Task:
     """∂ loss / ∂ log π of each completion token."""
     scale: float = 1.0
     """The factor on every unit's gradient that makes their mean the gradient of the batch."""
-    input_weights: Mapping[str, Float[Tensor, "R T"]] = field(default_factory=dict)
+    input_weights: Mapping[str, Float[Tensor, "R T ..."]] = field(default_factory=dict)
     """∂ loss / ∂ x, by key, of each input x that a separate module computes from the policy's hidden states."""
     term: LogitTerm | None = None
     """A loss per position over the full vocabulary."""

@@ -33,7 +33,7 @@ OUTCOME_COLUMNS = (
 
 RETENTION_COLUMNS = ("retention", "base_text_logp", "base_text_tokens")
 """Columns that outcomes without retention sets may lack."""
-VARIANCE = "variance.json"
+RESULTS, OUTCOMES, VARIANCE = "results.json", "outcomes.parquet", "variance.json"
 CELLS = "cells"
 """The folder of a study's cells, which results.json then names."""
 
@@ -310,30 +310,37 @@ def _cell(file: Path) -> Any:
         raise UserError(f"{str(file)!r} cannot be read ({error}): save the study again") from None
 
 
-def read_run(directory: Path) -> FinishedRun:
-    """Read a run's folder, or a study's. Raises UserError for a missing or broken file."""
+def read_results(directory: Path) -> dict[str, Any]:
+    """The content of a run's results.json, or a study's with its cells, unchecked. Raises UserError if it is broken."""
     if not directory.is_dir():
         raise UserError(f"run directory {str(directory)!r} does not exist: name one that `rlzoo compare` wrote")
-    files = [directory / "results.json", directory / "outcomes.parquet"]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{str(directory)!r} has no {file.name}: name a directory that `rlzoo compare` wrote")
+    for name in (RESULTS, OUTCOMES):
+        if not (directory / name).is_file():
+            raise UserError(f"{str(directory)!r} has no {name}: name a directory that `rlzoo compare` wrote")
+    file = directory / RESULTS
     try:
-        data = json.loads(files[0].read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{str(files[0])!r} is not valid JSON ({error}): run `rlzoo compare` again") from None
+        raise UserError(f"{str(file)!r} is not valid JSON ({error}): run `rlzoo compare` again") from None
     if isinstance(data, dict) and (directory / CELLS).is_dir():
         data = {**data, "cells": [_cell(directory / CELLS / f"{name}.json") for name in data.get("cells", ())]}
+    found: dict[str, Any] = data
+    return found
+
+
+def read_run(directory: Path) -> FinishedRun:
+    """Read a run's folder, or a study's. Raises UserError for a missing or broken file."""
+    data, file = read_results(directory), directory / OUTCOMES
     try:
-        there = pq.read_schema(files[1]).names
+        there = pq.read_schema(file).names
         wanted = [*OUTCOME_COLUMNS, *(column for column in RETENTION_COLUMNS if column in there)]
-        outcomes = pq.read_table(files[1], columns=wanted)
+        outcomes = pq.read_table(file, columns=wanted)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{str(files[1])!r} cannot be read ({reason}): run `rlzoo compare` again") from None
+        raise UserError(f"{str(file)!r} cannot be read ({reason}): run `rlzoo compare` again") from None
     if missing := [column for column in OUTCOME_COLUMNS if column not in outcomes.column_names]:
-        raise UserError(f"{str(files[1])!r} lacks the columns {', '.join(missing)}: run `rlzoo compare` again")
-    return FinishedRun(parse_results(data, str(files[0])), outcomes, _variance(directory))
+        raise UserError(f"{str(file)!r} lacks the columns {', '.join(missing)}: run `rlzoo compare` again")
+    return FinishedRun(parse_results(data, str(directory / RESULTS)), outcomes, _variance(directory))
 
 
 def variance_file(directory: Path) -> Path | None:
