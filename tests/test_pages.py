@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def test_the_docs_follow_from_committed_outcomes() -> None:
     """
     reports = {study: report(study) for study in (*studies.list_studies(), *studies.list_analyses())}
     for table in studies.STUDIES.glob("*/*.csv"):
-        reports[table.parent.name] = reports.get(table.parent.name, "") + table.read_text(encoding="utf-8")
+        reports[table.parent.name] = f"{reports.get(table.parent.name, '')}\n{entries_of(table)}"
     texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     markers = [found for text in texts.values() for found in pages.MARKER.finditer(text)]
     across = "\n".join(found[0] for found in markers if found[1] == "comparison")  # in no report
@@ -188,6 +189,16 @@ def report(study: str) -> str:
         if isinstance(part, Paragraph | Table)
     ]
     return "\n".join(entries)
+
+
+def entries_of(table: Path) -> str:
+    """The rows of a CSV table, a p-value as in other tables: after what it is of."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if "p" in row:
+            row["p"] = f"p {row['p']}" if row["p"].startswith("<") else f"p = {row['p']}"
+    return "\n".join(", ".join(row.values()) for row in rows)
 
 
 def with_p_values(text: str) -> Iterator[tuple[object, ...]]:
