@@ -169,7 +169,17 @@ def view_of(objective: Objective) -> tuple[WhichView, dict[str, Any]]:
     return objective.learns_from, {**objective.view_options, **dropping}
 
 
-_objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives")
+def _check_class(spec: str, found: Any) -> None:
+    """Raise UserError for anything but the class of an objective that is whole."""
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
+    if not isinstance(getattr(found, "name", None), str):
+        raise UserError(f"objective {spec!r} has no name: give the class one, as in name = 'mine'")
+    if found.coefficients is Objective.coefficients and not is_composite(found):
+        raise UserError(f"objective {spec!r} does not define coefficients(self, batch): every objective must")
+
+
+_objectives: Registry[type[Objective]] = Registry("objective", "rlzoo.algorithms", "rlzoo.objectives", _check_class)
 _Class = TypeVar("_Class", bound=type[Objective])
 
 
@@ -186,14 +196,7 @@ def list_objectives() -> list[str]:
 
 def objective_class(spec: str) -> type[Objective]:
     """The class of a name, ``package.module:Name`` or ``path/to/file.py:Name``. Raises UserError for anything else."""
-    found = _objectives.get(spec)
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise UserError(f"objective {spec!r} is not a subclass of rlzoo.Objective")
-    if not isinstance(getattr(found, "name", None), str):
-        raise UserError(f"objective {spec!r} has no name: give the class one, as in name = 'mine'")
-    if found.coefficients is Objective.coefficients and not is_composite(found):
-        raise UserError(f"objective {spec!r} does not define coefficients(self, batch): every objective must")
-    return found
+    return _objectives.get(spec)
 
 
 def is_composite(objective: type[Objective]) -> bool:

@@ -10,9 +10,10 @@ import pkgutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Generic, TypeVar
@@ -25,44 +26,61 @@ LIBRARIES = {"site-packages", "dist-packages"}
 
 
 class Registry(Generic[T]):
-    """A table of names, filled from a package or module of built-ins and from entry points when it is first read."""
+    """A table of names, filled from a package or module of built-ins and from entry points when it is first read.
 
-    def __init__(self, kind: str, builtins: str, group: str) -> None:
-        """``kind`` names the entries in messages; ``builtins`` is a module, ``group`` a group of entry points."""
-        self.kind, self._builtins, self._group = kind, builtins, group
+    A plug-in that is broken has no entry: its name is in `broken`, and looking it up raises UserError.
+    """
+
+    def __init__(
+        self, kind: str, builtins: str, group: str, check: Callable[[str, Any], object] = lambda spec, found: None
+    ) -> None:
+        """``kind`` names the entries in messages; ``builtins`` is a module, ``group`` a group of entry points.
+
+        ``check`` raises UserError, which names the spec, for what is not of the kind.
+        """
+        self.kind, self._builtins, self._group, self._check = kind, builtins, group, check
         self._entries: dict[str, T] = {}
+        self._broken: dict[str, str] = {}
         self._filled = False
+        _REGISTRIES.append(self)
 
     def add(self, name: str, entry: T) -> T:
         """Register ``entry`` and return it. Raises UserError if another entry has the name."""
         name = canonical(name)
         present = self._entries.get(name)
         if present is not None and _origin(present) != _origin(entry):
-            raise UserError(
+            raise _TakenError(
                 f"{self.kind} {name!r} is registered twice: by {_origin(present)} and by {_origin(entry)}; "
-                "give one of them another name"
+                "give one of them another name",
+                name,
             )
         self._entries[name] = entry
         return entry
 
     def names(self) -> list[str]:
-        """All names, sorted. Raises UserError for an entry point that cannot be loaded."""
+        """The names that `get` finds, sorted."""
         self._fill()
-        return sorted(self._entries)
+        return sorted(self._entries.keys() - self._broken.keys())
 
     def get(self, spec: str) -> T:
-        """Look up a name, or import ``module:Name`` or ``file.py:Name``. Raises UserError if there is no such thing."""
-        if ":" in spec:
-            found: T = load_attribute(spec, self.kind)
-            return found
+        """Look up a name, or import ``module:Name`` or ``file.py:Name``.
+
+        Raises UserError if there is no such thing, if it is broken, and if it is not of the kind.
+        """
+        found: T = load_attribute(spec, self.kind) if ":" in spec else self._named(spec)
+        self._check(spec, found)
+        return found
+
+    def _named(self, spec: str) -> T:
         if spec.endswith(".py"):
             there = _public(_load_file(Path(spec), self.kind))
             raise UserError(f"{self.kind} {spec!r}: write {spec}:Name; it has: {', '.join(there) or 'nothing'}")
-        self._fill()
-        try:
-            return self._entries[canonical(spec)]
-        except KeyError:
-            raise unknown(self.kind, spec, self._entries) from None
+        name, known = canonical(spec), self.names()
+        if name in self._broken:
+            raise UserError(self._broken[name])
+        if name not in known:
+            raise unknown(self.kind, spec, known)
+        return self._entries[name]
 
     def items(self) -> Iterator[tuple[str, T]]:
         """All names with their entries, sorted by name."""
@@ -73,6 +91,7 @@ class Registry(Generic[T]):
         if self._filled:
             return
         self._filled = True  # before importing: a module may look up a name
+        self._broken = {}
         try:
             self._import_all()
         except BaseException:
@@ -83,22 +102,43 @@ class Registry(Generic[T]):
         package = importlib.import_module(self._builtins)
         for module in pkgutil.iter_modules(getattr(package, "__path__", ())):  # a module has none
             if not module.name.startswith("_"):
-                importlib.import_module(f"{self._builtins}.{module.name}")
+                name = f"{self._builtins}.{module.name}"
+                with self._telling(module.name, f"module {name}", "repair or remove its file"):
+                    importlib.import_module(name)
         for point in entry_points(group=self._group):
-            self.add(point.name, self._loaded(point))
+            package_name = point.dist.name if point.dist else "a package"
+            label = f"{point.name!r} ({point.value}) of {package_name}"
+            with self._telling(point.name, label, "repair or uninstall that package"):
+                found = point.load()
+                self._check(point.name, found)
+                self.add(point.name, found)
 
-    def _loaded(self, point: EntryPoint) -> T:
+    @contextmanager
+    def _telling(self, name: str, what: str, remedy: str) -> Iterator[None]:
+        """In this context, what goes wrong in loading a plug-in is kept for those who ask for its name."""
         try:
-            found: T = point.load()
-        except UserError:
-            raise
-        except Exception as error:
-            package = point.dist.name if point.dist else "a package"
-            raise UserError(
-                f"{self.kind} {point.name!r} ({point.value}) of {package} cannot be loaded: {one_line(error)}; "
-                "repair or uninstall that package"
-            ) from error
-        return found
+            yield
+        except _TakenError as error:
+            self._broken[error.name] = str(error)
+        except (Exception, SystemExit) as error:
+            reason = str(error) if isinstance(error, UserError) else one_line(error)
+            self._broken[canonical(name)] = f"{self.kind} {what} cannot be loaded: {reason}; {remedy}"
+
+
+_REGISTRIES: list[Registry[Any]] = []
+
+
+def broken_plugins() -> list[str]:
+    """A line for each broken plug-in in the registries that have been read: what it is, and why it cannot be used."""
+    return [line for registry in _REGISTRIES for _, line in sorted(registry._broken.items())]
+
+
+class _TakenError(UserError):
+    """A name that another entry has."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 def canonical(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,13 @@ def test_the_committed_figures_are_those_that_are_measured(monkeypatch: pytest.M
                         {"rlzoo": one, "generate": one})  # fmt: skip
     committed = json.loads(bench.FIGURES.read_text(encoding="utf-8"))["figures"]
     assert set(committed) == set(bench.measured(1)) and all(value > 0 for value in committed.values())
+
+
+def test_the_docs_have_the_committed_figures() -> None:
+    figures = json.loads(bench.FIGURES.read_text(encoding="utf-8"))["figures"]
+    page = " ".join((Path(__file__).parent.parent / "docs/speed.md").read_text(encoding="utf-8").split())
+    told = re.search(r"`make bench` measures such ratios.*?`generate`\.", page)
+    assert told is not None
+    written = re.findall(r"(?<=[ (])\d\.\d\d\b", told[0])
+    names = [f"{what} of {name}" for what in ("speed", "memory") for name in bench.OBJECTIVES]
+    assert written == [f"{figures[name]:.2f}" for name in (*names, "speed of sampling")]

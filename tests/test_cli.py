@@ -102,6 +102,18 @@ def test_help_and_wrong_settings_import_nothing_heavy() -> None:
     assert max(map(len, run.stdout.splitlines())) <= 80
 
 
+def test_results_are_read_without_torch() -> None:
+    code = (
+        "import sys\nfrom rlzoo.cli import main\n"
+        "assert main(['results', 'list']) == 0\n"
+        "assert main(['report', 'nowhere']) == main(['serve', 'nowhere']) == 2\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_notebook_gets_lines_in_place_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.delenv("TTY_COMPATIBLE")  # what `main` sets is unset again after the test
@@ -530,7 +542,7 @@ def test_ctrl_c_saves_what_was_done_and_says_so_once(
     lines = [line for line in ended.errors.splitlines() if not BEAT.match(line)]
     *waiting, last = lines[1 + next(n for n, line in enumerate(lines) if "base model: " in line) :]
     assert last == f"rlzoo: interrupted; {kept}"
-    assert [line for line in waiting if not line.startswith("stopping; ")] == []
+    assert [line for line in waiting if not line.startswith("stopping ")] == []
     assert any(tmp_path.rglob("step-*.result"))
     waits_for(lambda: _group_is_gone(run.pid))
 

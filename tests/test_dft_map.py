@@ -15,7 +15,8 @@ from comparisons import inline_pool
 
 import rlzoo
 from rlzoo.buffers.problems import load_problems
-from rlzoo.comparison import pages, runner
+from rlzoo.cli import pages
+from rlzoo.comparison import runner
 from rlzoo.comparison.statistics import p_value
 from rlzoo.comparison.studies import STUDIES
 from rlzoo.config import Experiment, load_experiment

@@ -115,7 +115,7 @@ def test_an_optional_package_that_ends_the_process_hides_nothing_that_is_needed(
     said: list[dict[str, Any]] = []
     checks = self_test.checks(lambda name, **how: said.append({"name": name, **how}), quick=False)
     sections = [check.section for check in checks]
-    assert set(sections[2:]) == {self_test.OPTIONAL} and sections[:2] == ["Backends", "Backends"]
+    assert set(sections[3:]) == {self_test.OPTIONAL} and sections[:3] == ["Backends", "Backends", self_test.PLUG_INS]
     assert {"name": "peft", "section": self_test.OPTIONAL, "needed": False} in said
     dies(DEATHS[0][0], False)
     (check,) = doctor.tested_apart([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,32 @@ def test_a_damaged_cache_is_made_again(
     assert tokenised()
     assert rows_of(read_buffer(path, tokenizer)) == expected
     assert not tokenised()
+
+
+def test_what_has_not_been_used_for_a_month_is_removed(
+    tokenizer: Any, kept: Path, tmp_path: Path, tokenised: Callable[[], int]
+) -> None:
+    def age() -> None:
+        for file in kept.iterdir():
+            before = file.stat().st_mtime - 86_400 * (cache.KEPT_DAYS + 1)
+            os.utime(file, (before, before))
+
+    first, second, third = (table(tmp_path / f"{n}.jsonl", numbered(n)) for n in (5, 6, 7))
+    read_buffer(first, tokenizer)
+    read_buffer(second, tokenizer)
+    (kept / ".rows-of-a-killed-process.partial").write_text("")
+    (kept / "folder").mkdir()
+    age()
+    tokenised()
+    used = read_buffer(first, tokenizer)
+    assert not tokenised() and len(list(kept.iterdir())) == 6, "nothing is removed by reading"
+    read_buffer(third, tokenizer)
+    assert {file.suffix for file in kept.iterdir()} == {".json", ".arrow", ""}
+    assert len(list(kept.iterdir())) == 5
+    tokenised()
+    assert len(read_buffer(first, tokenizer)) == len(used) == 5 and not tokenised()
+    read_buffer(second, tokenizer)
+    assert tokenised()
 
 
 def test_a_refused_table_leaves_nothing(tokenizer: Any, kept: Path, tmp_path: Path) -> None:

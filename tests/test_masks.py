@@ -33,7 +33,8 @@ from rlzoo.buffers import BadRows, OfflineBuffer, RolloutBuffer, from_trl, read_
 from rlzoo.buffers.overview import overview
 from rlzoo.buffers.problems import Problem
 from rlzoo.cli import main
-from rlzoo.comparison.retention import LIKELIHOOD, text_results
+from rlzoo.comparison.base_text import text_results
+from rlzoo.comparison.retention import LIKELIHOOD
 from rlzoo.config import Sampling, Training
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, list_objectives

@@ -10,15 +10,23 @@ from pathlib import Path
 import pytest
 
 from rlzoo import cli
-from rlzoo.comparison import pages, studies
-from rlzoo.document import Table
+from rlzoo.cli import pages
+from rlzoo.comparison import studies
+from rlzoo.comparison.statistics import SIGNIFICANT
+from rlzoo.config import load_experiment
+from rlzoo.document import Paragraph, Table
 from rlzoo.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/dft.md", "docs/puzzles.md")
+PAGES = ("README.md", "docs/results.md", "docs/dft.md", "docs/puzzles.md", "docs/variance.md")
 NUMBER = r"[+−]?\d[\d,.]*"
 ESTIMATE = re.compile(rf"({NUMBER})(?: points?| %)? \[({NUMBER}), ({NUMBER})\]")
 """A number with its interval."""
+P = r"p [=<] [\d.]*\d(?![\d/])"
+TESTED = re.compile(rf"{ESTIMATE.pattern}(?:, |[^.;()\[\]]*\()({P})")
+"""A number with its interval and its p-value, in a table or in a sentence."""
+MEASURED = re.compile(rf"({NUMBER})(?= (?:%|(?:points?|per cent|nats)\b))")
+"""A number without an interval that is one of a study by its unit."""
 
 
 @pytest.mark.slow
@@ -73,19 +81,51 @@ def test_an_unknown_part_is_named() -> None:
 
 @pytest.mark.slow
 def test_the_docs_follow_from_committed_outcomes() -> None:
-    """Their tables and figures, and each number with an interval in their text, which is that of a table.
+    """Their tables and figures are those of the studies, and so are the numbers in their text.
 
-    Numbers may be the difference in the other order, and without its sign. One test, because all pages share reports.
+    A number with an interval is one of a table, with the p-value beside it; other percentages, points, nats and
+    p-values are those of its section's studies, rounded. Numbers may be the difference in the other order, and without
+    its sign. One test, because all pages share reports.
     """
-    known = {estimate for text in (*reports(), (ROOT / "docs/variance.md").read_text()) for estimate in estimates(text)}
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
+    reports = {study: report(study) for study in (*studies.list_studies(), *studies.list_analyses())}
+    for table in studies.STUDIES.glob("*/*.csv"):
+        reports[table.parent.name] = reports.get(table.parent.name, "") + table.read_text(encoding="utf-8")
+    texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    markers = [found for text in texts.values() for found in pages.MARKER.finditer(text)]
+    across = "\n".join(found[0] for found in markers if found[1] == "comparison")  # in no report
+    every = "\n".join((*reports.values(), across))
+    for page, text in texts.items():
         again, figures = pages.refreshed(text, (ROOT / page).parent)
         assert again == text, f"rlzoo results refresh {page}"
         for file, svg in figures.items():
             assert words(svg) == words(file.read_text(encoding="utf-8")), f"rlzoo results refresh {page}"
-        unknown = [one for one in estimates(text) if one not in known]
-        assert not unknown, f"{page}: numbers that no table has"
+        for known in (estimates, with_p_values):
+            unknown = set(known(text)) - set(known(every))
+            assert not unknown, f"{page}: numbers that no table has"
+        for heading, told, named in sections(text):
+            source = "\n".join((*(reports[name] for name in named), across)) if named else every
+            numbers, p_values = numbers_of(source), {*re.findall(P, source), f"p < {SIGNIFICANT}"}
+            wrong = [one for one in MEASURED.findall(told) if not rounded(one, numbers)]
+            wrong += [one for one in re.findall(P, told) if one not in p_values]
+            assert not wrong, f"{page}, {heading!r}: numbers that are not in the reports of {named}"
+
+
+def test_numbers_in_prose_are_found_and_looked_up() -> None:
+    text = "## A\n\nBy 2.5 [1.1, 3.9] points (p = 0.041), or `7 points`, and 6.3 % of\n8 points.\n\n    9 points\n"
+    ((heading, told, named),) = sections(text)
+    assert (heading, named) == ("A", []) and MEASURED.findall(told) == ["6.3", "8"] and "p = 0.041" in told
+    assert list(with_p_values(text)) == [(2.5, 1.1, 3.9, "p = 0.041")]
+    assert list(with_p_values("| −2.5 [−3.9, −1.1], p &lt; 0.001 |")) == [(2.5, 1.1, 3.9, "p < 0.001")]
+    assert rounded("6.3", [6.25]) and rounded("6", [6.49]) and not rounded("6.3", [6.2, 63, 6.36])
+
+
+def test_the_papers_numbers_are_those_of_its_experiments() -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## The paper's figures")[2]
+    rows = re.findall(r"^\| ([\w.-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for model, *means in rows:
+        results = load_experiment(f"paper/{model.lower()}").reported.results
+        assert [float(one) for one in means] == [results[name]["mean"] for name in ("base", "sft", "dft", "iw-sft")]
 
 
 DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
@@ -105,10 +145,12 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
-    titles = re.findall(
-        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), flags=re.M
-    )
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return {anchor(title) for title in re.findall(r"^#+ (.+)$", text, flags=re.M)}
+
+
+def anchor(title: str) -> str:
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 @pytest.mark.slow
@@ -131,18 +173,68 @@ def words(svg: str) -> list[str]:
 def estimates(text: str) -> Iterator[tuple[float, ...]]:
     """The numbers with intervals in a text, each turned so that it is positive."""
     for found in ESTIMATE.findall(" ".join(text.split())):
-        value, low, high = (float(one.replace(",", "").replace("−", "-").rstrip(".")) for one in found)
+        value, low, high = map(as_number, found)
         if (value, low + high) < (0, 0):
             value, low, high = -value, -high, -low
         yield value, low, high
 
 
-def reports() -> tuple[str, ...]:
-    """The tables of all studies' reports."""
-    found = []
-    for study in studies.list_studies():
-        parts = pages.parts_of(study)
-        parts.known |= {(type(part), name): part for name, part in parts.made}
-        tables = [part for part in parts.known.values() if isinstance(part, Table)]
-        found.append("\n".join(entry.text for table in tables for row in table.rows for entry in row))
-    return tuple(found)
+def report(study: str) -> str:
+    """The tables and paragraphs of a study's report."""
+    parts = pages.blocks_of(study)
+    entries = [
+        part.text if isinstance(part, Paragraph) else "\n".join(entry.text for row in part.rows for entry in row)
+        for part in parts
+        if isinstance(part, Paragraph | Table)
+    ]
+    return "\n".join(entries)
+
+
+def with_p_values(text: str) -> Iterator[tuple[object, ...]]:
+    """The numbers of a text that have an interval and a p-value, each turned so that it is positive."""
+    for *estimate, p in TESTED.findall(" ".join(text.replace("&lt;", "<").split())):
+        (turned,) = estimates("{} [{}, {}]".format(*estimate))
+        yield *turned, p
+
+
+def sections(text: str) -> Iterator[tuple[str, str, list[str]]]:
+    """The sections of a page, and rows that lead to one: heading, prose, and the studies of it and of where it links.
+
+    Prose is what is neither made by a marker nor code, nor a number with an interval.
+    """
+    known = {folder.name for folder in studies.STUDIES.iterdir() if folder.is_dir()}
+    parts = list(filter(None, re.split(r"^(?=## )", text, flags=re.MULTILINE)))
+    own: dict[str, set[str]] = {}
+    for part in parts:
+        told = [re.split("[ ;]", told)[0] for _, told, _ in pages.MARKER.findall(part)]
+        own[anchor(heading_of(part))] = {*told, *re.findall(r"\| `([\w-]+)` \|", part)} & known
+    for part in parts:
+        rows = re.findall(r"^\|.*\]\(#[\w-]+\) \|$", part, flags=re.MULTILINE)
+        rest = re.sub("|".join(map(re.escape, rows)), "", part) if rows else part
+        for one in (*rows, rest):
+            links = {anchor(heading_of(part)) if one is rest else "", *re.findall(r"\]\(#([\w-]+)\)", one)}
+            yield heading_of(one), prose(one), sorted(set().union(*(own.get(link, set()) for link in links)))
+
+
+def heading_of(part: str) -> str:
+    return part.partition("\n")[0].lstrip("# ")
+
+
+def prose(text: str) -> str:
+    code = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|^ {4}[^\n]*$", re.DOTALL | re.MULTILINE)
+    return ESTIMATE.sub("", " ".join(code.sub("", pages.MARKER.sub("", text)).split()))
+
+
+def numbers_of(text: str) -> list[float]:
+    """The sizes of all numbers in a text."""
+    return [abs(as_number(one)) for one in re.findall(rf"{NUMBER}", text)]
+
+
+def as_number(text: str) -> float:
+    return float(text.replace(",", "").replace("−", "-").rstrip("."))
+
+
+def rounded(text: str, numbers: list[float]) -> bool:
+    """Whether a number is the size of one of the others, rounded to its own digits."""
+    digits = len(text.rstrip(".").partition(".")[2])
+    return any(abs(one - abs(as_number(text))) <= 0.5 * 10**-digits + 1e-9 for one in numbers)

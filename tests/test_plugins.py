@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from comparisons import SMALL_OPTIONS, forked
 from rlzoo import objective as objective_module
 from rlzoo import registry as registry_module
 from rlzoo.buffers.problems import world_problems
-from rlzoo.cli import main
+from rlzoo.cli import main, self_test
 from rlzoo.errors import UserError
 from rlzoo.objective import get_objective, list_objectives, objective_class, options_of
 from rlzoo.reward import get_reward
@@ -89,6 +90,7 @@ def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     list_objectives()
     entries = objective_module._objectives._entries
     monkeypatch.setattr(objective_module._objectives, "_entries", dict(entries))
+    monkeypatch.setattr(objective_module._objectives, "_broken", {})
 
 
 Write = Callable[[str], str]
@@ -167,10 +169,65 @@ def test_an_entry_point_that_cannot_be_loaded_is_named_every_time(monkeypatch: p
     point = EntryPoint("theirs", "no_such_package:Theirs", "rlzoo.objectives")
     monkeypatch.setattr(registry_module, "entry_points", lambda group: [point])
     monkeypatch.setattr(objective_module._objectives, "_filled", False)
-    for _ in range(2):  # and not a table with half of its names the second time
+    for _ in range(2):
         with pytest.raises(
             UserError, match=r"objective 'theirs' \(no_such_package:Theirs\) of .* cannot be loaded: Mod"
         ):
-            get_objective("sft")
-    monkeypatch.setattr(registry_module, "entry_points", lambda group: [])
+            get_objective("theirs")
     assert get_objective("sft").name == "sft"
+
+
+class NoObjective:
+    """Nothing that can train a policy."""
+
+
+@pytest.mark.usefixtures("fresh_registry")
+def test_a_broken_plug_in_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rlzoo_raising.py").write_text("raise RuntimeError('two\\nlines')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    places = {"lost": "no_such_package:Lost", "raising": "rlzoo_raising:Mine", "odd": f"{__name__}:NoObjective"}
+    points = [EntryPoint(name, place, "rlzoo.objectives") for name, place in places.items()]
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: points * (group == "rlzoo.objectives"))
+    monkeypatch.setattr(objective_module._objectives, "_filled", False)
+    assert not places.keys() & set(list_objectives()) and {"sft", "dft"} <= set(list_objectives())
+    told = {
+        "lost": "(no_such_package:Lost) of a package cannot be loaded: ModuleNotFoundError: No module named",
+        "raising": "(rlzoo_raising:Mine) of a package cannot be loaded: RuntimeError: two lines (rlzoo_raising.py",
+        "odd": "objective 'odd' is not a subclass of rlzoo.Objective; repair or uninstall",
+    }
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, reason in told.items():
+        (line,) = (line for line in lines if f"objective '{name}'" in line)
+        assert reason in line
+        with pytest.raises(UserError) as raised:
+            get_objective(name)
+        assert str(raised.value) == line.strip()
+    checks = list(self_test.plug_ins())
+    assert [check.ok for check in checks] == [False] * 3 and not any(check.needed for check in checks)
+    assert {check.remedy for check in checks} == {"repair or uninstall that package"}
+
+
+def test_a_broken_file_among_the_built_ins_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "rlzoo_things"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from rlzoo.registry import Registry\nthings = Registry('thing', 'rlzoo_things', 'no.such.group')\n"
+    )
+    module = "from rlzoo_things import things\n\ndef {0}():\n    pass\n\nthings.add('{1}', {0})\n"
+    (package / "broken_one.py").write_text("def f(:\n")
+    for name, taken in (("fine", "fine"), ("first", "same"), ("second", "same")):
+        (package / f"{name}.py").write_text(module.format(name, taken))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry_module, "_REGISTRIES", [])
+    registry = import_module("rlzoo_things").things
+    assert registry.names() == ["fine"] and registry.get("fine").__name__ == "fine"
+    with pytest.raises(UserError, match=r"thing 'same' is registered twice: by rlzoo_things.first:first and by rlz"):
+        registry.get("same")
+    with pytest.raises(UserError, match=r"thing module rlzoo_things.broken_one cannot be loaded: SyntaxError"):
+        registry.get("broken-one")
+    assert len(registry_module.broken_plugins()) == 2

@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from comparisons import Copy
 from rich.console import Console
 
-from rlzoo.jobs import heartbeat, progress
+from rlzoo.jobs import heartbeat, interrupts, progress
+from rlzoo.jobs.interrupts import insisted, raise_deferred, signals_deferred
 from rlzoo.jobs.outputs import write_atomically
-from rlzoo.jobs.pool import THREAD_VARIABLES, OutOfMemoryError, Pool, WorkerDiedError, pool
+from rlzoo.jobs.pool import GRACE, THREAD_VARIABLES, OutOfMemoryError, Pool, WorkerDiedError, pool
 
 pytestmark = pytest.mark.usefixtures("copied")
 
@@ -72,6 +74,55 @@ def test_a_process_that_does_not_end_in_its_time_is_ended(monkeypatch: pytest.Mo
     assert "stopping after saving checkpoints" in lines.getvalue()
     assert time.monotonic() - started < 120
     assert not set(multiprocessing.active_children()) - set(others)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hears_interrupts")
+def test_a_process_that_is_suspended_delays_nothing_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees no signal but SIGKILL, which it gets at the second Ctrl-C."""
+    monkeypatch.setattr("rlzoo.jobs.pool.QUICK", 0.1)
+    lines, started, others = io.StringIO(), time.monotonic(), set(multiprocessing.active_children())
+
+    def suspend(doing: Callable[[], str]) -> None:
+        interrupt_when(lambda: doing().endswith("asleep") and not _suspended(others))
+        interrupt_when(lambda: "press Ctrl-C again to stop at once" in lines.getvalue())
+
+    with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(file=lines)) as processes:
+        futures = {processes.submit("long", nap, 600.0): "long"}
+        threading.Thread(target=suspend, args=(processes.doing,)).start()
+        list(processes.gather(futures))
+    assert time.monotonic() - started < GRACE
+    assert not set(multiprocessing.active_children()) - others
+
+
+def _suspended(others: set[Any]) -> None:
+    for process in set(multiprocessing.active_children()) - others:
+        os.kill(process.pid, signal.SIGSTOP)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_a_deferred_interrupt_that_waits_long_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(interrupts, "PATIENCE", 0.2)
+    told = ""
+    with pytest.raises(KeyboardInterrupt), signals_deferred():
+        signal.raise_signal(signal.SIGTERM)  # of a scheduler, which reads nothing
+        raise_deferred()
+    with pytest.raises(KeyboardInterrupt), signals_deferred():
+        signal.raise_signal(signal.SIGINT)
+        until = time.monotonic() + 30
+        while not told and time.monotonic() < until:
+            time.sleep(0.02)
+            told += capsys.readouterr().err
+        assert told == "stopping at the next safe point; press Ctrl-C again to stop at once\n" and not insisted()
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second is raised at once")
+    assert insisted()
+    with pytest.raises(KeyboardInterrupt), signals_deferred():
+        signal.raise_signal(signal.SIGINT)
+        raise_deferred()
+    assert capsys.readouterr().err == "" and not insisted()
 
 
 def interrupt_when(ready: Callable[[], bool]) -> None:

@@ -26,6 +26,7 @@ from rlzoo.comparison.report import plots, report_table, tables, write_report
 from rlzoo.comparison.report.answer import answer, headline, unfinished
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.differences import detectable
+from rlzoo.comparison.report.learned import learned_and_kept
 from rlzoo.comparison.report.plots import curves_of
 from rlzoo.comparison.report.reported import reported
 from rlzoo.comparison.report.schema import parse_results, read_run
@@ -207,6 +208,7 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
         "Comparison: default",
         "Results",
         "Differences from plain",
+        "Learned and kept",
         "Robustness",
         "Learning curves",
         "Token probabilities",
@@ -224,6 +226,22 @@ def test_report_has_all_parts_in_order(tmp_path: Path) -> None:
     assert "steps: 40" in markdown
     assert "mathdefault" not in source, "no TeX shows"
     assert [path.name for path in tmp_path.glob(".*")] == [], "no temporary file is left"
+
+
+def test_what_the_base_gets_wrong_is_told_apart_from_what_it_gets_right(tmp_path: Path) -> None:
+    synthetic_run(tmp_path)
+    table = next(block for block in learned_and_kept(read_run(tmp_path), "plain") if isinstance(block, Table))
+    greedy = [r for r in outcome_rows(SKILL, 3) if r["decoding"] == "greedy" and r["benchmark"] == BENCHMARKS[0]]
+    by_base = {row["problem_id"]: row["correct"] for row in greedy if row["algorithm"] == "base"}
+    counts = [list(by_base.values()).count(right) for right in (False, True)]
+    assert min(counts) > 1
+    assert table.header == ["algorithm", f"learned of {counts[0]} (%)", f"kept of {counts[1]} (%)"]
+    assert [row[0].text for row in table.rows] == ["plain", "weighted", "paired"]
+    for name, *entries in table.rows:
+        for right, entry in zip((False, True), entries, strict=True):
+            own = [r["correct"] for r in greedy if r["algorithm"] == name.text and by_base[r["problem_id"]] is right]
+            value, low, high = map(float, re.findall(r"[\d.]+", entry.text))
+            assert value == pytest.approx(100 * np.mean(own), abs=0.06) and low < value < high
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from rlzoo import rollout
 from rlzoo.buffers.problems import encode_problems, load_problems
-from rlzoo.comparison import resolve, retention, runner, studies
+from rlzoo.comparison import base_text, resolve, runner, studies
 from rlzoo.comparison.forecast import forecast
 from rlzoo.comparison.outcomes import compare_to, result_matrices, summarise
 from rlzoo.comparison.report import report_table, write_report
@@ -103,8 +103,8 @@ def test_the_estimate_is_the_kl_divergence(tmp_path: Path) -> None:
         with torch.no_grad():
             own, other = (m.model(torch.tensor([one.ids])).logits[0, -1].log_softmax(-1) for m in (base, policy))
         exact.append(float((own.exp() * (own - other)).sum()))
-    text = retention.base_text(lambda: base, experiment, tmp_path)["sums"]
-    found, _ = retention.text_results(policy, text, 8192)
+    text = base_text.base_text(lambda: base, experiment, tmp_path)["sums"]
+    found, _ = base_text.text_results(policy, text, 8192)
     assert found[KL] == pytest.approx(np.mean(exact), rel=0.15) and np.mean(exact) > 0.05
 
 
@@ -209,7 +209,7 @@ def test_a_study_keeps_retention(finished: tuple[Path, dict[str, Any]], tmp_path
 def test_the_text_is_sampled_once_and_survives_an_interruption(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn, scored, real = list[str](), list[int](), retention.text_results
+    drawn, scored, real = list[str](), list[int](), base_text.text_results
     sampler_of = rollout.sampler_of
 
     def counted(policy: Policy, settings: Any) -> Any:
@@ -222,15 +222,15 @@ def test_the_text_is_sampled_once_and_survives_an_interruption(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(retention, "sampler_of", counted)
-    monkeypatch.setattr(retention, "text_results", stopping)
+    monkeypatch.setattr(base_text, "sampler_of", counted)
+    monkeypatch.setattr(base_text, "text_results", stopping)
     with pytest.raises(KeyboardInterrupt):
         quietly(with_sets(), tmp_path / "out")
     assert drawn == ["24", "8"]
     (damaged,) = (tmp_path / "out" / ".state").glob("*sums*.result")
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(UserError, match="the base's text for 'sums' cannot be read: repeat the command"):
-        retention.saved_text(with_sets(), tmp_path / "out" / ".state")
+        base_text.saved_text(with_sets(), tmp_path / "out" / ".state")
     results = quietly(with_sets(), tmp_path / "out")
     assert drawn == ["24", "8", "24"], "only what was damaged"
     assert results["retention"] == finished[1]["retention"]

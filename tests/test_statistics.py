@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -448,3 +449,24 @@ def test_the_mean_over_benchmarks_is_compared_like_a_benchmark() -> None:
     assert row["p"] == pytest.approx(3 * p_value(scores, own)), "corrected for the three differences of its table"
     pairs = compare_pairs(result_matrices(table, k=1), OVERALL, "greedy")
     assert pairs == {("a", "b"): pytest.approx(p_value(scores, own)), ("b", "a"): pytest.approx(p_value(scores, own))}
+
+
+def test_the_docs_say_how_wide_intervals_from_few_seeds_are() -> None:
+    """Seeds and problems that add up, without noise: the standard error is exact, and its quantile is what remains."""
+
+    def effects(count: int) -> np.ndarray:
+        values = np.arange(count) - (count - 1) / 2
+        return values / np.sqrt(values.var(ddof=1) / count)
+
+    def widths(share: float) -> list[str]:
+        many = np.sqrt(1 - share) * effects(5000)
+        found = []
+        for seeds in (5, 3, 2):
+            _, low, high = crossed_interval(np.sqrt(share) * effects(seeds)[:, None] + many)
+            found.append(f"{(high - low) / 2 / stats.norm.ppf(0.975):.1f}")
+        return found
+
+    page = " ".join((Path(__file__).parent.parent / "docs/results.md").read_text(encoding="utf-8").split())
+    five, three, two = widths(0.5)
+    told = f"{five} times as wide with five seeds as with many, {three} times with three and {two} times with two"
+    assert f"{told}; where all of it is, {', '.join(widths(1.0)[:2])} and {widths(1.0)[2]} times." in page

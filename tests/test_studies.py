@@ -99,6 +99,29 @@ def test_a_run_becomes_a_study(
     assert "exists already" in capsys.readouterr().err
 
 
+def test_an_analysis_becomes_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    included = studies.study_folder("both-worlds") / "variance.json"
+    assert studies.list_analyses() == ["both-worlds"] and not re.search(r'"/(tmp|home|root|work)', included.read_text())
+    monkeypatch.chdir(tmp_path)
+    (run := tmp_path / "run").mkdir()
+    measured = json.loads(included.read_text())
+    measured["objectives"]["dft"]["data_noise"]["noise_scale"]["value"] = 594.1234567
+    (run / "variance.json").write_text(json.dumps(measured))
+    assert cli.main(["results", "save", "run", "--to", "studies"]) == 0
+    study = tmp_path / "studies" / "both-worlds"
+    assert [path.name for path in study.iterdir()] == ["variance.json"]
+    kept = json.loads((study / "variance.json").read_text())
+    assert kept["objectives"]["dft"]["data_noise"]["noise_scale"]["value"] == 594.123
+    assert cli.main(["results", "save", "run", "--to", "studies"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["results", "export", "both-worlds", "--format", "csv"]) == 0
+    (table,) = [line for line in capsys.readouterr().out.split() if line.endswith("/over-the-data.csv")]
+    rows = csv.reader(Path(table).read_text(encoding="utf-8").splitlines())
+    assert ["dft", "0.437 [0.36, 0.53]"] in [row[:2] for row in rows]
+
+
 def test_cells_that_studies_share_count_once_and_equal_results_do_not(tmp_path: Path) -> None:
     """All differences of two perfect algorithms are 0, on every benchmark and by every metric."""
     synthetic_run(tmp_path, {"base": 0.5, "dft": 1.0, "sft": 1.0})

@@ -2,7 +2,8 @@
 
 They are kept in the folder ``rlzoo`` of the cache of `datasets` (``HF_DATASETS_CACHE``), under a key of everything that
 their tokens depend on: the content of the table's files, the tokenizer and its template, the settings, and the code
-that reads and encodes. `datasets.disable_caching` turns this cache off too.
+that reads and encodes. `datasets.disable_caching` turns this cache off too. What has not been used for `KEPT_DAYS` is
+removed when another table is added, for `datasets` removes nothing but the files of a data set that is at hand.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from itertools import chain, islice
@@ -34,6 +37,8 @@ from rlzoo.jobs.outputs import PARTIAL, file_digest, write_atomically
 
 BATCH = 1000
 """How many rows are Python objects at a time."""
+KEPT_DAYS = 30
+"""Days without use after which the rows of a table are removed."""
 _LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 _ATTRIBUTES = ("chat_template", "special_tokens_map", "split_special_tokens", "clean_up_tokenization_spaces")
 
@@ -89,7 +94,18 @@ def find(name: str | None, bad: BadRows) -> datasets.Dataset | None:
         bad.restore(entry["bad_rows"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    with suppress(OSError):  # it may be another user's
+        for file in (folder() / f"{name}.json", rows):
+            os.utime(file)  # which says when it was used last
     return _mapped(rows)
+
+
+def _remove_unused() -> None:
+    """Remove the files that have not been used for `KEPT_DAYS`, and what killed processes have left."""
+    for file in folder().iterdir():
+        with suppress(OSError):  # another process removes it too, or it is another user's
+            if file.is_file() and file.stat().st_mtime < time.time() - KEPT_DAYS * 86_400:
+                file.unlink()
 
 
 def spooled(rows: Iterable[dict[str, Any]], name: str | None = None, bad: BadRows | None = None) -> datasets.Dataset:
@@ -122,6 +138,7 @@ def _written(tables: Iterator[pa.Table], name: str | None, bad: BadRows | None) 
         file.replace(kept)
         entry = {"file": kept.name, "sha256": digest, "bad_rows": (bad or BadRows()).to_json()}
         write_atomically(where / f"{name}.json", json.dumps(entry))
+        _remove_unused()
         return _mapped(kept)
     finally:
         file.unlink(missing_ok=True)

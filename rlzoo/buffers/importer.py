@@ -94,7 +94,14 @@ class Importer(Strict):
         raise NotImplementedError(f"{type(self).__name__} must define samples(row)")
 
 
-_importers: Registry[type[Importer]] = Registry("log format", "rlzoo.buffers.importers", "rlzoo.importers")
+def _check_class(spec: str, found: Any) -> None:
+    if not (isinstance(found, type) and issubclass(found, Importer)):
+        raise UserError(f"log format {spec!r} is not an importer: give a subclass of rlzoo.Importer")
+
+
+_importers: Registry[type[Importer]] = Registry(
+    "log format", "rlzoo.buffers.importers", "rlzoo.importers", _check_class
+)
 _Importer = TypeVar("_Importer", bound=type[Importer])
 
 
@@ -115,8 +122,6 @@ def get_importer(name: str, /, **options: Any) -> Importer:
     Raises UserError for an unknown name, and for an option that is unknown or of the wrong type.
     """
     found = _importers.get(name)
-    if not (isinstance(found, type) and issubclass(found, Importer)):
-        raise UserError(f"log format {name!r} is not an importer: give a subclass of rlzoo.Importer")
     return validated(found, options, f"rlzoo import {found.name}")
 
 

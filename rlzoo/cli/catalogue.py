@@ -42,10 +42,12 @@ def list_(
     from rlzoo.jobs.progress import loading
 
     with loading():
-        from rlzoo.cli.curves import show_curves
-        from rlzoo.cli.objectives_page import objectives_page
-
-        found = catalogue()
+        if curves:
+            from rlzoo.cli.curves import show_curves
+        elif markdown:
+            from rlzoo.cli.objectives_page import objectives_page
+        else:
+            found = catalogue()
     if curves:
         show_curves(out)
     elif markdown:
@@ -63,6 +65,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     from rlzoo.config import list_experiments, list_suites
     from rlzoo.evaluation import list_metrics
     from rlzoo.objective import is_composite, list_objectives, objective_class, options_of
+    from rlzoo.registry import broken_plugins
     from rlzoo.reward import list_rewards
     from rlzoo.rollout import list_samplers
     from rlzoo.types import list_views, name_of_view
@@ -77,7 +80,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         }
         for name, found in ((name, objective_class(name)) for name in list_objectives())
     ]
-    return {
+    found: dict[str, list[dict[str, Any]]] = {
         "objectives": objectives,
         "rewards": [{"name": name} for name in list_rewards()],
         "views": [{"name": name} for name in list_views()],
@@ -87,6 +90,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "suites": [{"name": name, **suite.model_dump(mode="json")} for name, suite in list_suites().items()],
         "experiments": [{"name": name, "description": text} for name, text in list_experiments().items()],
     }
+    return {**found, "broken": [{"reason": line} for line in broken_plugins()]}
 
 
 def _log_format(name: str) -> dict[str, Any]:
@@ -115,6 +119,8 @@ def catalogue_text(found: dict[str, list[dict[str, Any]]]) -> str:
         lines.append({"suites": "suites of problems to evaluate on"}.get(kind, kind))
         width = max(len(row["name"]) for row in found[kind])
         lines += [f"  {row['name']:{width}} {_first_sentence(row['description'])}" for row in found[kind]]
+    if found["broken"]:
+        lines += ["broken plug-ins, which cannot be used", *(f"  {row['reason']}" for row in found["broken"])]
     return "\n".join(lines)
 
 

@@ -46,10 +46,11 @@ def report(
 
     with loading():
         from rlzoo.comparison.report import distinct, write_report, write_report_of_several
-        from rlzoo.comparison.studies import list_studies, study_folder
+        from rlzoo.comparison.studies import list_analyses, list_studies, study_folder
         from rlzoo.variance import report as variance_report
 
-    studies = [name for name in folders if not Path(name).is_dir() and name in list_studies()]
+    included = [*list_studies(), *list_analyses()]
+    studies = [name for name in folders if not Path(name).is_dir() and name in included]
     paths = [study_folder(name) if name in studies else Path(name) for name in folders]
     if len(paths) > 1 and baseline is not None:
         raise UserError("--baseline is for the report of one comparison: several are compared with the first of them")

@@ -21,7 +21,8 @@ def results(
         list[str] | None,
         Argument(
             metavar="NAME...",
-            help="A study, or a folder of rlzoo compare (to export, also of rlzoo variance); two algorithms; or pages.",
+            help="A study, or a folder of rlzoo compare (to export or save, also of rlzoo variance), two algorithms, or"
+            " pages.",
         ),
     ] = None,
     form: Annotated[
@@ -43,7 +44,7 @@ def results(
     ] = None,
     as_json: Annotated[bool, Option("--json", help="list, show and compare: print the numbers as JSON.")] = False,
 ) -> int:
-    """Show, compare and export the included studies: finished comparisons with all their outcomes.
+    """Show, compare and export the included studies: finished comparisons with all their outcomes, and analyses.
 
     refresh makes the tables and figures of Markdown pages again, where a marker names them, such as
     <!-- table: arithmetic results-chain-sums -->; names of tables and figures are those of exported files.
@@ -73,11 +74,10 @@ def results(
     from rlzoo.jobs.progress import counting, loading, reporting
 
     with loading():
+        from rlzoo.cli.pages import blocks_of, refresh
         from rlzoo.comparison import studies
         from rlzoo.comparison.lm_eval import export_samples
-        from rlzoo.comparison.pages import refresh
         from rlzoo.comparison.report import report_table
-        from rlzoo.comparison.report.contents import contents
         from rlzoo.comparison.report.differences import (
             CHECKS,
             across_tables,
@@ -88,7 +88,6 @@ def results(
         from rlzoo.comparison.report.tables import facts_of, studies_table
         from rlzoo.document.exports import TABLE_FORMATS, export
         from rlzoo.document.terminal import plain_table
-        from rlzoo.variance import report as variance_report
 
     def explained(seeds: int) -> str:
         return "\n".join(checks_explained(seeds)[: len(CHECKS)])
@@ -124,13 +123,8 @@ def results(
             print(file)
     elif action == "export":
         kind = "tables" if form in TABLE_FORMATS else "figures"
-        folder = Path(given[0])
-        analysed = variance_report.is_analysis(folder)
         with reporting(log, f"making the {kind}"):
-            blocks = (
-                variance_report.read_report(folder)[1] if analysed else contents(studies.read_study(given[0]), None)
-            )
-            files = export(blocks, to or Path(f"{folder.name}-{kind}"), form)
+            files = export(blocks_of(given[0]), to or Path(f"{Path(given[0]).name}-{kind}"), form)
         for file in files:
             print(file)
     elif action == "refresh":

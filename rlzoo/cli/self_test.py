@@ -25,7 +25,7 @@ from rlzoo.registry import one_line
 Said = Callable[[str], None]
 """Called with the name of what comes next."""
 
-OPTIONAL = "Optional packages"
+OPTIONAL, PLUG_INS = "Optional packages", "Plug-ins"
 EXTRAS = {
     "inspect": "tasks of inspect as benchmarks",
     "lora": "LoRA adapters (training.lora)",
@@ -65,6 +65,8 @@ def checks(say: Callable[..., None], quick: bool) -> Iterator[Diagnosis]:
     if not quick:
         with tempfile.TemporaryDirectory() as folder:
             yield from SelfTest(Path(folder)).checks(partial(say, section="Self-test"))
+    say("plug-ins", section=PLUG_INS, needed=False)
+    yield from plug_ins()
     yield from optional(partial(say, section=OPTIONAL, needed=False), quick)
 
 
@@ -76,6 +78,18 @@ def backends(say: Said) -> Iterator[Diagnosis]:
     told = f"torch {torch.__version__}, {features}, threads: {torch.get_num_threads()}"
     yield Diagnosis("Backends", "CPU", True, told)
     yield from gpus(say)
+
+
+def plug_ins() -> Iterator[Diagnosis]:
+    """The plug-ins, of installed packages or in rlzoo's own folders, that cannot be used."""
+    from rlzoo.cli.catalogue import catalogue
+
+    broken = catalogue()["broken"]
+    for row in broken:
+        told, _, remedy = row["reason"].rpartition("; ")
+        yield Diagnosis(PLUG_INS, "plug-in", False, told, remedy, needed=False)
+    if not broken:
+        yield Diagnosis(PLUG_INS, "plug-ins", True, "all can be loaded", needed=False)
 
 
 def optional(say: Said, quick: bool = False) -> Iterator[Diagnosis]:

@@ -13,7 +13,7 @@ from typing import Any
 from rlzoo.buffers import OfflineBuffer
 from rlzoo.buffers.bad_rows import BadRows
 from rlzoo.buffers.problems import encode_problems, load_problems
-from rlzoo.comparison import retention
+from rlzoo.comparison import base_text
 from rlzoo.comparison.curves import costs_at, ends_the_curve, logged_at, result_at
 from rlzoo.comparison.one_stage import Given, logs_of, train_cell, train_first
 from rlzoo.comparison.plan import Cell, FirstStages, has_choice
@@ -44,7 +44,7 @@ def evaluate_base(experiment: Experiment, state: Path, report: Report) -> dict[s
     Also the ``dropped_rows`` of benchmarks and validation, on which no policy is evaluated, and their ``events``.
     """
     cached, load = CachedResults(state), cache(lambda: load_for(experiment.model, experiment.training))
-    text = retention.base_text(load, experiment, state)
+    text = base_text.base_text(load, experiment, state)
 
     def evaluate() -> dict[str, Any]:
         policy = load()
@@ -154,7 +154,7 @@ def _run_cell(
         return {**result, "validation": validation.metrics["avg_at_k"]}
     found = evaluate_all(
         policy, experiment, cell.algorithm, cell.seed, cell.learning_rate, cached,
-        lambda share, what: report(0.8 + 0.2 * share, what), retention.saved_text(experiment, state), steps, most,
+        lambda share, what: report(0.8 + 0.2 * share, what), base_text.saved_text(experiment, state), steps, most,
     )  # fmt: skip
     late = [point for point in made["curve"] if "metrics" not in point]
     for point in late:
@@ -192,7 +192,7 @@ def evaluate_cell(experiment: Experiment, cell: Cell, state: Path, divisor: int,
         settings = experiment.training_of(cell.algorithm).model_copy(update={"lora": None})  # merged, and whole
         policy = load_for(str(state / "models" / cell.id), settings)
         labels = (cell.algorithm, cell.seed, cell.learning_rate)
-        text, steps = retention.saved_text(experiment, state), (len(trained["training"]), trained["planned_steps"])
+        text, steps = base_text.saved_text(experiment, state), (len(trained["training"]), trained["planned_steps"])
         found = evaluate_all(policy, smaller, *labels, cached.within(cell.id), report, text, *steps)
         log_results(
             policy.device, settings, logs_of(state, cell.id), steps[0] + 1, _measured(found)
@@ -215,7 +215,7 @@ def evaluate_all(
     learning_rate: float | None,
     cached: CachedResults,
     report: Report,
-    text: retention.BaseText,
+    text: base_text.BaseText,
     step: int = 0,
     most: int = 0,
 ) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def evaluate_all(
         (kept if name in experiment.retention else metrics)[name] = found["metrics"]
         add(name, found["outcomes"])
     for name, own in text.items():
-        found, rows = retention.text_results(policy, own, experiment.training.token_budget)
+        found, rows = base_text.text_results(policy, own, experiment.training.token_budget)
         kept[name] = {**kept.get(name, {}), **found}
         add(name, rows)
     return {"metrics": metrics, "outcomes": outcomes, **({"retention": kept} if text else {})}

@@ -35,7 +35,8 @@ from rlzoo.comparison.plan import (
     tuning_of,
     workers_at,
 )
-from rlzoo.comparison.report import comparison_card, write_report
+from rlzoo.comparison.report import write_report
+from rlzoo.comparison.report.card import comparison_card
 from rlzoo.comparison.report.schema import parse_results
 from rlzoo.comparison.resolve import check
 from rlzoo.comparison.retention import summarise_retention

@@ -1,4 +1,4 @@
-"""Studies: finished comparisons in files small enough to commit, and differences across them."""
+"""Studies: finished comparisons and analyses in files small enough to commit, and differences across them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ from rlzoo.jobs.sources import path_of
 
 STUDIES = EXPERIMENTS / "results"
 """The folder of the studies that are included in rlzoo."""
-DIGITS = 5
+DIGITS = 6
 """The number of significant digits that are kept of metrics per training step."""
 
 
 def list_studies() -> list[str]:
-    """The names of the studies that are included in rlzoo."""
+    """The names of the comparisons that are included in rlzoo."""
     return sorted(path.parent.name for path in STUDIES.glob("*/results.json"))
 
 
+def list_analyses() -> list[str]:
+    """The names of the analyses of `rlzoo variance` that are included in rlzoo by themselves, without a comparison."""
+    return sorted({path.parent.name for path in STUDIES.glob(f"*/{VARIANCE}")} - set(list_studies()))
+
+
 def study_folder(name: str) -> Path:
-    """The folder of a study, given its name, or that of a finished comparison. Raises UserError for an unknown name."""
+    """The folder of a study, given its name, or that of a finished run. Raises UserError for an unknown name."""
     if (folder := path_of(name)).is_dir():
         return folder
-    if name not in list_studies():
-        raise unknown("study", name, list_studies())
+    if name not in (known := [*list_studies(), *list_analyses()]):
+        raise unknown("study", name, known)
     return STUDIES / name
 
 
@@ -46,38 +51,52 @@ def read_study(name: str) -> FinishedRun:
 def save_study(run: Path, into: Path = STUDIES, name: str | None = None) -> Path:
     """Save a finished comparison as a study: results.json, a JSON file per cell, and outcomes.parquet.
 
-    Also what `rlzoo variance` measured for it. Weights, buffers and reports are not saved; variances and metrics per
-    training step are rounded to `DIGITS` digits. Raises UserError for a run with failed cells, and for a name that is
-    taken. Returns the study's folder.
+    Also what `rlzoo variance` measured for it, or an analysis by itself. Weights, buffers and reports are not saved;
+    variances and metrics per training step are rounded to `DIGITS` digits. Raises UserError for a run with failed
+    cells, and for a name that is taken. Returns the study's folder.
     """
-    found = read_run(run)
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    if failed := results.get("failed"):
-        raise UserError(f"{str(run)!r} has {len(failed)} failed cells: repeat the same `rlzoo compare` first")
-    study = into / (name or results["experiment"])
+    alone = (run / VARIANCE).is_file() and not (run / "results.json").is_file()
+    results = {} if alone else _results(run)
+    variance = variance_file(run)
+    measured = None if variance is None else _rounded(json.loads(variance.read_text(encoding="utf-8")))
+    study = into / (name or (results or measured or {})["experiment"])
     if study.exists():
         raise UserError(f"{str(study)!r} exists already: remove it first, or save to another folder (--to)")
-    rows = summarise(found.outcomes, found.results.k)  # with the statistics of this version
+    with replacing(study) as beside:
+        beside.mkdir(parents=True)
+        if not alone:
+            _write_comparison(results, run / "outcomes.parquet", beside)
+        if measured is not None:
+            (beside / VARIANCE).write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    return study
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """What results.json holds, with the statistics of this version. Raises UserError for a run with failed cells."""
+    found = read_run(run)
+    results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    if failed := results.get("failed"):
+        raise UserError(f"{str(run)!r} has {len(failed)} failed cells: repeat the same `rlzoo compare` first")
+    rows = summarise(found.outcomes, found.results.k)
     results["summary"] = [row for row in rows if row["algorithm"] != BASE]
     results["base_summary"] = [row for row in rows if row["algorithm"] == BASE]
     if found.results.retention is not None:
         k = {name: int(one.get("k", 1)) for name, one in found.results.retention.base.items()}
         results["retention"]["summary"] = summarise_retention(found.outcomes, k)
-    cells = results.pop("cells")
-    results["cells"] = []
-    with replacing(study) as beside:
-        (beside / CELLS).mkdir(parents=True)
-        for cell in cells:
-            name = Cell(cell["algorithm"], cell["seed"], cell["learning_rate"]).id
-            kept = cell | {"training": _rounded(cell.get("training"))}
-            (beside / CELLS / f"{name}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
-            results["cells"].append(name)
-        (beside / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (beside / "outcomes.parquet").write_bytes((run / "outcomes.parquet").read_bytes())
-        if (variance := variance_file(run)) is not None:
-            rounded = _rounded(json.loads(variance.read_text(encoding="utf-8")))
-            (beside / VARIANCE).write_text(json.dumps(rounded) + "\n", encoding="utf-8")
-    return study
+    return results
+
+
+def _write_comparison(results: dict[str, Any], outcomes: Path, folder: Path) -> None:
+    """Write results.json, a file per cell, and outcomes.parquet into a folder."""
+    (folder / CELLS).mkdir()
+    names = []
+    for cell in results["cells"]:
+        names.append(Cell(cell["algorithm"], cell["seed"], cell["learning_rate"]).id)
+        kept = cell | {"training": _rounded(cell.get("training"))}
+        (folder / CELLS / f"{names[-1]}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    others = {key: value for key, value in results.items() if key != "cells"}  # names of cells are last
+    (folder / "results.json").write_text(json.dumps(others | {"cells": names}, indent=1) + "\n", encoding="utf-8")
+    (folder / "outcomes.parquet").write_bytes(outcomes.read_bytes())
 
 
 def _rounded(value: Any) -> Any:

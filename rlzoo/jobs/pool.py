@@ -24,7 +24,7 @@ from rich.progress import Progress, TaskID
 
 from rlzoo.errors import UserError
 from rlzoo.jobs.heartbeat import say
-from rlzoo.jobs.interrupts import raise_deferred, signals_deferred
+from rlzoo.jobs.interrupts import insisted, raise_deferred, signals_deferred
 from rlzoo.jobs.memory import is_out_of_memory
 from rlzoo.jobs.progress import Together, bars
 from rlzoo.registry import one_line
@@ -33,7 +33,7 @@ RETRIES = 1
 """The number of retries of a task after its process died."""
 GRACE = 60.0
 """Seconds that training has to save a checkpoint when it must stop."""
-QUICK = 3.0
+QUICK = 2.0
 """Seconds of waiting for processes to end before the user is informed."""
 START = "spawn"  # a process starts afresh: neither CUDA nor the threads of this one survive in a copy
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -291,7 +291,7 @@ def pool(workers: int, threads: int, console: Console) -> Iterator[Workers]:
         try:
             yield running
         except KeyboardInterrupt:
-            grace = GRACE
+            grace = 0.0 if insisted() else GRACE
             raise
         finally:
             running.stop(grace)

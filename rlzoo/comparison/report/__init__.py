@@ -7,7 +7,6 @@ from pathlib import Path
 
 import yaml
 
-from rlzoo.comparison.report.card import comparison_card
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.schema import read_run
 from rlzoo.comparison.report.several import contents_of_several
@@ -16,7 +15,7 @@ from rlzoo.document import write_document
 from rlzoo.errors import UserError
 from rlzoo.jobs.outputs import write_atomically
 
-__all__ = ["comparison_card", "report_table", "write_report", "write_report_of_several"]
+__all__ = ["report_table", "write_report", "write_report_of_several"]
 
 
 def write_report(directory: Path, baseline: str | None = None, out: Path | None = None) -> None:

@@ -89,8 +89,9 @@ def _blocks(experiment: Experiment, results: Results) -> Iterator[Block]:
         }
     )
     yield Heading("Costs")
-    yield Paragraph("The mean of a cell, and the sum of all cells, those with other learning rates among them:")
+    yield Paragraph("The mean of a cell:")
     yield tables.cost_table(results)
+    yield Paragraph("The sum of all cells, those with other learning rates among them:")
     yield tables.total_cost_table(results)
     yield Heading("Files")
     yield facts(FILES, "file")

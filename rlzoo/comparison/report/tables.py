@@ -229,7 +229,7 @@ def total_cost_table(results: Results) -> Table:
         totals = {name: None if unknown_tuning else _total(tried or own, name) for name in shown}
         entries = [Entry(show(totals[name])) for name, (_, show) in shown.items()]
         rows.append([Entry(algorithm), *entries, Entry(NONE if unknown_tuning else str(len(tried or own)))])
-    return Table(["algorithm", *(f"{title}, all cells" for title, _ in shown.values()), "cells trained"], rows)
+    return Table(["algorithm", *(title for title, _ in shown.values()), "cells trained"], rows)
 
 
 def _known(costs: Sequence[CellCosts], name: str) -> list[float]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlzoo.buffers.bad_rows import dropped_line
 from rlzoo.comparison.report import plots, tables
-from rlzoo.comparison.report.schema import FinishedRun
+from rlzoo.comparison.report.schema import FinishedRun, Results
 from rlzoo.document import Block, Figure, Heading, Paragraph
 
 
@@ -98,7 +97,7 @@ def learning_rates(run: FinishedRun, baseline: str) -> Iterator[Block]:
 def events(run: FinishedRun, baseline: str) -> Iterator[Block]:
     """What a reader should know of the data and of the training, and the cells that failed."""
     results = run.results
-    dropped = [f"{name}: {dropped_line(summary)}" for name, summary in results.dropped_rows.items()]
+    dropped = _dropped(results)
     if dropped or results.events:
         yield Heading("Events before training")
         yield from map(Paragraph, dropped + results.events)
@@ -110,3 +109,11 @@ def events(run: FinishedRun, baseline: str) -> Iterator[Block]:
         yield Heading("Failed cells")
         yield Paragraph("These cells did not finish, and are not part of any number above.")
         yield failures
+
+
+def _dropped(results: Results) -> list[str]:
+    if not results.dropped_rows:
+        return []
+    from rlzoo.buffers.bad_rows import dropped_line  # here, as its package needs torch, and few reports need it
+
+    return [f"{name}: {dropped_line(summary)}" for name, summary in results.dropped_rows.items()]

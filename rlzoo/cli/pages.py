@@ -6,29 +6,30 @@ A page is Markdown with markers, each above the table, or the image, that it sta
     <!-- figure: arithmetic training-loss -->
     <!-- comparison: dft sft; rows: arithmetic, facts -->
 
-A table or figure is a study, or a folder of a finished comparison, and a part of its report, by the name that
-`rlzoo results export` gives to its file; a study that is no comparison has its tables as NAME.csv. A comparison is that
-of `rlzoo results compare`, a row per study and benchmark. ``rows`` and ``columns`` leave out the others; ``baseline``
-is that of differences.
+A table or figure is a study, or a folder of a finished comparison or analysis, and a part of its report, by the name
+that `rlzoo results export` gives to its file; other studies have their tables as NAME.csv, and figures as NAME.svg. A
+comparison is that of `rlzoo results compare`, a row per study and benchmark. ``rows`` and ``columns`` leave out the
+others; ``baseline`` is that of differences.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from rlzoo.comparison.report.contents import contents
 from rlzoo.comparison.report.differences import across_table
-from rlzoo.comparison.studies import STUDIES, compare_studies, read_study
-from rlzoo.document import Entry, Figure, Table, render_markdown
+from rlzoo.comparison.studies import STUDIES, compare_studies, read_study, study_folder
+from rlzoo.document import Block, Entry, Figure, Table, render_markdown
 from rlzoo.document.drawing import standalone
 from rlzoo.document.exports import named
 from rlzoo.errors import UserError, unknown
 from rlzoo.jobs.outputs import write_atomically
+from rlzoo.variance.report import is_analysis, read_report
 
 MARKER = re.compile(r"^<!-- (table|figure|comparison): (.+?) -->\n((?:\|.*\n)+|!\[.*\n|)", re.M)
 """The kind, the part with its options, and what is below: the lines of a table, an image, or nothing."""
@@ -55,7 +56,13 @@ class Parts:
 @cache
 def parts_of(study: str, baseline: str | None = None) -> Parts:
     """The parts of a study's report. Raises UserError for an unknown study."""
-    return Parts(study, named(contents(read_study(study), baseline)))
+    return Parts(study, named(blocks_of(study, baseline)))
+
+
+def blocks_of(study: str, baseline: str | None = None) -> Iterable[Block]:
+    """The report of a study, or of a folder of a comparison or an analysis. Raises UserError for an unknown study."""
+    folder = study_folder(study)
+    return read_report(folder)[1] if is_analysis(folder) else contents(read_study(study), baseline)
 
 
 @cache
@@ -111,12 +118,14 @@ def _below(found: re.Match[str], folder: Path, figures: dict[Path, str]) -> str:
     place, *given = told.split("; ")
     study, _, name = place.partition(" ")
     options = dict(_option(one) for one in given)
-    part: Table | Figure
+    part: Table | Figure | str
     if kind == "comparison":
         part = _compared(study, name)
     elif kind == "table" and (file := STUDIES / study / f"{name}.csv").is_file():
         header, *rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
         part = Table(header, [[Entry(text) for text in row] for row in rows])
+    elif kind == "figure" and (file := STUDIES / study / f"{name}.svg").is_file():
+        part = file.read_text(encoding="utf-8")
     else:
         part = parts_of(study, options.pop("baseline", None)).find(Table if kind == "table" else Figure, name)
     head = found[0].partition("\n")[0] + "\n"
@@ -127,7 +136,7 @@ def _below(found: re.Match[str], folder: Path, figures: dict[Path, str]) -> str:
     image = re.fullmatch(r"!\[[^\]]*\]\(([^)]+\.svg)\)\n", below)
     if image is None:
         raise UserError(f"the figure {name!r} needs an image below its marker, such as ![...](figures/{name}.svg)")
-    figures[folder / image[1]] = standalone(part.drawing.svg)
+    figures[folder / image[1]] = part if isinstance(part, str) else standalone(part.drawing.svg)
     return head + below
 
 
