@@ -225,7 +225,7 @@ def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], epsilon: float = 
     kept, count = torch.where(mask, x, 0), mask.sum()
     mean = masked_mean(x, mask)
     if x.device.type == "cpu":
-        variance = x[mask].var(correction=int(count > 1))
+        variance = x[mask].var() if count > 1 else torch.ones_like(mean)
     else:
         variance = torch.where(mask, x - mean, 0).square().sum() / (count - 1)
     varied = torch.where(mask, x, torch.inf).amin() < torch.where(mask, x, -torch.inf).amax()

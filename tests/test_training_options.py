@@ -280,10 +280,12 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "dft-control"])  # the latter's coefficients are those of the whole batch
+# the coefficients of dft-control are those of the whole batch, and the loss of power is not -c log p
+@pytest.mark.parametrize("name", ["sft", "dft-control", "power"])
 def test_truncated_importance_weights_what_another_engine_sampled(name: str) -> None:
     """Rows whose engine said log 2 less for every token: each of their tokens has weight min(2, cap)."""
     half = torch.log(torch.tensor(2.0)).item()
+    losses = []
 
     def gradient(marked: range, cap: float | None) -> torch.Tensor:
         engine = [[x - half for x in row.behaviour_logp or []] if i in marked else None for i, row in enumerate(ROWS)]
@@ -291,7 +293,9 @@ def test_truncated_importance_weights_what_another_engine_sampled(name: str) -> 
         settings = Training(steps=1, learning_rate=1e-9, max_gradient_norm=1e9, importance_cap=cap, token_budget=16)
         source, policy = Fixed(), load_policy("embedded")
         source.draw = lambda: (rows, source.units)  # type: ignore[method-assign]
-        assert Trainer(policy, get_objective(name), source, settings).run().events == []
+        record = Trainer(policy, get_objective(name), source, settings).run()
+        assert record.events == []
+        losses.append(record.steps[0]["loss"])
         return torch.cat([p.grad.flatten().double() for p in policy.parameters() if p.grad is not None])
 
     def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -300,5 +304,6 @@ def test_truncated_importance_weights_what_another_engine_sampled(name: str) -> 
     plain = gradient(range(0), None)
     for cap in (3.0, 1.5):
         assert same(gradient(range(8), cap), min(2.0, cap) * plain)
+        assert losses[-1] == pytest.approx(min(2.0, cap) * losses[0], rel=1e-5)
     even, odd = gradient(range(0, 8, 2), 3.0), gradient(range(1, 8, 2), 3.0)
     assert same(even + odd, 3 * plain) and not same(even, odd)
