@@ -125,8 +125,10 @@ def test_the_papers_numbers_are_those_of_its_experiments() -> None:
     rows = re.findall(r"^\| ([\w.-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     assert len(rows) == 5
     for model, *means in rows:
-        results = load_experiment(f"paper/{model.lower()}").reported.results
-        assert [float(one) for one in means] == [results[name]["mean"] for name in ("base", "sft", "dft", "iw-sft")]
+        reported = load_experiment(f"paper/{model.lower()}").reported
+        assert reported is not None
+        found = [reported.results[name]["mean"] for name in ("base", "sft", "dft", "iw-sft")]
+        assert [float(one) for one in means] == found
 
 
 DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
