@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def test_the_docs_follow_from_committed_outcomes() -> None:
     """
     reports = {study: report(study) for study in (*studies.list_studies(), *studies.list_analyses())}
     for table in studies.STUDIES.glob("*/*.csv"):
-        reports[table.parent.name] = reports.get(table.parent.name, "") + table.read_text(encoding="utf-8")
+        reports[table.parent.name] = f"{reports.get(table.parent.name, '')}\n{entries_of(table)}"
     texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     markers = [found for text in texts.values() for found in pages.MARKER.finditer(text)]
     across = "\n".join(found[0] for found in markers if found[1] == "comparison")  # in no report
@@ -124,8 +125,10 @@ def test_the_papers_numbers_are_those_of_its_experiments() -> None:
     rows = re.findall(r"^\| ([\w.-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     assert len(rows) == 5
     for model, *means in rows:
-        results = load_experiment(f"paper/{model.lower()}").reported.results
-        assert [float(one) for one in means] == [results[name]["mean"] for name in ("base", "sft", "dft", "iw-sft")]
+        reported = load_experiment(f"paper/{model.lower()}").reported
+        assert reported is not None
+        found = [reported.results[name]["mean"] for name in ("base", "sft", "dft", "iw-sft")]
+        assert [float(one) for one in means] == found
 
 
 DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
@@ -188,6 +191,16 @@ def report(study: str) -> str:
         if isinstance(part, Paragraph | Table)
     ]
     return "\n".join(entries)
+
+
+def entries_of(table: Path) -> str:
+    """The rows of a CSV table, a p-value as in other tables: after what it is of."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if "p" in row:
+            row["p"] = f"p {row['p']}" if row["p"].startswith("<") else f"p = {row['p']}"
+    return "\n".join(", ".join(row.values()) for row in rows)
 
 
 def with_p_values(text: str) -> Iterator[tuple[object, ...]]:

@@ -84,7 +84,7 @@ def test_a_process_that_is_suspended_delays_nothing_silently(monkeypatch: pytest
     lines, started, others = io.StringIO(), time.monotonic(), set(multiprocessing.active_children())
 
     def suspend(doing: Callable[[], str]) -> None:
-        interrupt_when(lambda: doing().endswith("asleep") and not _suspended(others))
+        interrupt_when(lambda: doing().endswith("asleep") and _suspended(others))
         interrupt_when(lambda: "press Ctrl-C again to stop at once" in lines.getvalue())
 
     with pytest.raises(KeyboardInterrupt), pool(1, 1, Console(file=lines)) as processes:
@@ -95,9 +95,12 @@ def test_a_process_that_is_suspended_delays_nothing_silently(monkeypatch: pytest
     assert not set(multiprocessing.active_children()) - others
 
 
-def _suspended(others: set[Any]) -> None:
-    for process in set(multiprocessing.active_children()) - others:
-        os.kill(process.pid, signal.SIGSTOP)
+def _suspended(others: set[Any]) -> bool:
+    """Whether there are processes besides ``others``, which are now suspended."""
+    own = [process.pid for process in set(multiprocessing.active_children()) - others if process.pid is not None]
+    for number in own:
+        os.kill(number, signal.SIGSTOP)
+    return bool(own)
 
 
 @pytest.mark.usefixtures("hears_interrupts")

@@ -456,7 +456,7 @@ def test_the_docs_say_how_wide_intervals_from_few_seeds_are() -> None:
 
     def effects(count: int) -> np.ndarray:
         values = np.arange(count) - (count - 1) / 2
-        return values / np.sqrt(values.var(ddof=1) / count)
+        return np.asarray(values / np.sqrt(values.var(ddof=1) / count))
 
     def widths(share: float) -> list[str]:
         many = np.sqrt(1 - share) * effects(5000)
