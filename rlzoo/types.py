@@ -308,16 +308,15 @@ class Coefficients:
     """The weight of the objective's `logit_term` at each token; None: 1."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Tensor):  # a number, say
-            raise UserError(
-                f"Coefficients(values) takes a tensor with one value per token, not {type(self.values).__name__}"
-            )
-        object.__setattr__(self, "values", self.values.detach())
-        if self.loss is not None:
-            object.__setattr__(self, "loss", self.loss.detach())
+        own = {"values": self.values, "loss": self.loss, "logit_weight": self.logit_weight}
+        given: dict[str, Any] = {name: value for name, value in own.items() if value is not None or name == "values"}
+        for name, value in {**given, **{f"metrics[{name!r}]": value for name, value in self.metrics.items()}}.items():
+            if not isinstance(value, Tensor):  # a number, say
+                kind = type(value).__name__
+                raise UserError(f"Coefficients({name}) takes a tensor with one value per token, not {kind}")
+        for name, value in given.items():
+            object.__setattr__(self, name, value.detach())
         object.__setattr__(self, "metrics", {k: v.detach() for k, v in self.metrics.items()})
-        if self.logit_weight is not None:
-            object.__setattr__(self, "logit_weight", self.logit_weight.detach())
 
     def weighted(self, weight: Float[Tensor, "B T"]) -> Coefficients:
         """The coefficients, and a loss per token, times a weight per token."""

@@ -293,6 +293,11 @@ def test_auxiliary_losses_are_per_token_or_per_row(shape: tuple[int, ...], mean:
         (lambda batch: Coefficients(batch.logp.sum(1)), "values of shape [2]: give one per token, [B, T], here [2, 2]"),
         (lambda batch: Coefficients(batch.logp[:, :1]), "values of shape [2, 1]: give one per token, [B, T]"),
         (lambda batch: Coefficients(cast(Any, 1.0)), "takes a tensor with one value per token, not float"),
+        (
+            lambda batch: Coefficients(batch.logp, metrics={"x": cast(Any, 1.0)}),
+            "Coefficients(metrics['x']) takes a tensor",
+        ),
+        (lambda batch: Coefficients(batch.logp, loss=cast(Any, 1.0)), "Coefficients(loss) takes a tensor"),
         (lambda batch: batch.logp, "returned Tensor: return rlzoo.Coefficients(values)"),
         (lambda batch: None, "returned NoneType: return rlzoo.Coefficients(values)"),
     ],
