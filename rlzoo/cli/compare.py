@@ -80,7 +80,7 @@ def compare(
       rlzoo compare arithmetic --algorithms sft,dft,my.py:Mine --seeds 0,1,2
       rlzoo compare arithmetic --set training.steps=40 --set evaluation.samples=8
       rlzoo compare my.yaml --learning-rates 1e-5,5e-5 --executor ray
-      rlzoo compare arithmetic --algorithms sft,dft,my.py:Mine --seeds 0,1,2,3,4 --reuse arithmetic
+      rlzoo compare arithmetic --seeds 0,1,2,3,4,5,6,7 --reuse arithmetic
       rlzoo compare paper/offline-rl --dry-run
       rlzoo compare paper/offline-rl --twin
       rlzoo compare arithmetic --push-to-hub alice/arithmetic
