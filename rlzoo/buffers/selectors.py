@@ -156,16 +156,15 @@ def groups(
     group has the demonstrations that were asked for.
     """
     reward = rewards(rows)
-    usable = ~np.isnan(reward) & rows["behaviour_logp"].is_valid().to_numpy() & _whole(rows, truncated)
-    chosen = np.flatnonzero(_has_source(rows, "policy") & usable)
+    samples = _has_source(rows, "policy") & ~np.isnan(reward) & _whole(rows, truncated)
+    chosen = np.flatnonzero(samples & rows["behaviour_logp"].is_valid().to_numpy())
     if not len(chosen):
         _require_rewards(rows)
-        unscored = int((_has_source(rows, "policy") & ~np.isnan(reward)).sum())
-        if unscored:
+        if samples.any():
             raise UserError(
-                f"the buffer has no groups ({unscored:,} samples have a reward but no behaviour log-probs, for which "
-                "--set training.behaviour=current takes the initial policy's): set it, or training.behaviour: current "
-                "in an experiment's file"
+                f"the buffer has no groups ({samples.sum():,} samples have a reward but no behaviour log-probs, for "
+                "which --set training.behaviour=current takes the initial policy's): set it, or training.behaviour: "
+                "current in an experiment's file"
             )
         raise EmptyViewError(
             f"the buffer has no groups (0 of {len(rows):,} rows have the source 'policy', a reward and "
